@@ -1,0 +1,1 @@
+"""Carries out: one file per kind of Ray actor."""

@@ -1,0 +1,193 @@
+"""WorkerGroup: spawn ranks in a placement group, split a batch by cost, call, gather. Every wait has a deadline.
+
+    controller                 ranks
+    call / scatter  ------->   run the method
+    gather          <-------   results, in rank order
+
+`gather` watches all pending calls at once, so one rank's exception surfaces at once even when others hang in a
+collective with it; a deadline that passes names the ranks that are late, the method and the time it took.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.process import RankInfo, free_port
+from engine.config import UserError
+from engine.data.batch import Batch
+from engine.schedule.balancing import plan_microbatches
+
+
+class ActorError(RuntimeError):
+    """An actor raised or died. The message names actor, method and elapsed time."""
+
+
+class DeadlineError(ActorError):
+    """An actor did not answer in time. The message names the late ones, the method and elapsed time."""
+
+
+def as_completed(pending: Mapping[Any, str], method: str, timeout_s: float) -> Iterator[tuple[Any, Any]]:
+    """Yields (reference, result) as calls finish; `pending` maps references to the actors' names.
+
+    Raises:
+        UserError: the user's input was at fault in the actor.
+        ActorError: an actor raised or died.
+        DeadlineError: not all calls finished within `timeout_s` seconds.
+    """
+    start = time.monotonic()
+    waiting = list(pending)
+    while waiting:
+        remaining = timeout_s - (time.monotonic() - start)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, remaining))
+        if not done:
+            late = ", ".join(pending[ref] for ref in waiting)
+            raise DeadlineError(
+                f"{late}: no answer from {method}() after {time.monotonic() - start:.1f} s "
+                f"(deadline {timeout_s:.0f} s; see the `timeouts` section if it is truly that slow)"
+            )
+        for ref in done:
+            yield ref, _result(ref, pending[ref], method, start)
+
+
+def _result(ref: Any, name: str, method: str, start: float) -> Any:
+    try:
+        return ray.get(ref, timeout=60)  # already there; the time is for a transfer between hosts
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):
+            raise cause from None
+        elapsed = time.monotonic() - start
+        raise ActorError(f"{name}: {method}() raised after {elapsed:.1f} s: {type(cause).__name__}: {cause}") from error
+    except RayActorError as error:
+        elapsed = time.monotonic() - start
+        why = " ".join(str(error).split())
+        raise ActorError(f"{name}: died after {elapsed:.1f} s in {method}(): {why}") from error
+
+
+def gather(pending: Mapping[Any, str], method: str, timeout_s: float) -> list[Any]:
+    """All results, in the order of `pending`. Raises as `as_completed` does."""
+    results = dict(as_completed(pending, method, timeout_s))
+    return [results[ref] for ref in pending]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Bundles of the run's placement group that belong to one worker group, one per rank."""
+
+    placement: PlacementGroup
+    first: int
+    count: int
+    resources: Mapping[str, float]
+
+    def options(self, rank: int) -> dict[str, Any]:
+        """Ray options that put an actor or task into a rank's bundle."""
+        return {
+            "num_cpus": self.resources.get("CPU", 0),
+            "num_gpus": self.resources.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.placement, placement_group_bundle_index=self.first + rank
+            ),
+        }
+
+
+def rendezvous(slots: Slots, timeout_s: float) -> list[RankInfo]:
+    """Addresses for a process group whose rank 0 will live in the first slot."""
+    task = ray.remote(_address).options(**slots.options(0), max_retries=0)
+    [(address, port)] = gather({task.remote(): "rendezvous"}, "address", timeout_s)
+    return [RankInfo(rank, slots.count, address, port) for rank in range(slots.count)]
+
+
+def _address() -> tuple[str, int]:
+    return ray.util.get_node_ip_address(), free_port()
+
+
+class WorkerGroup:
+    """The ranks of one role."""
+
+    def __init__(
+        self,
+        name: str,
+        actor_class: type,
+        slots: Slots,
+        *,
+        arguments: Sequence[tuple[Any, ...]],
+        env: Mapping[str, str],
+        concurrency: int = 1,
+    ) -> None:
+        """Starts one actor per slot with its own constructor arguments; `wait_ready` tells when they are up."""
+        remote = ray.remote(actor_class)
+        self.name = name
+        self.actors = [
+            remote.options(
+                **slots.options(rank), runtime_env={"env_vars": dict(env)}, max_concurrency=concurrency
+            ).remote(*args)
+            for rank, args in enumerate(arguments)
+        ]
+
+    def rank_name(self, rank: int) -> str:
+        """How errors name a rank."""
+        return f"{self.name}[{rank}]"
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every constructor has returned."""
+        pending = {actor.__ray_ready__.remote(): self.rank_name(r) for r, actor in enumerate(self.actors)}
+        gather(pending, "__init__", timeout_s)
+
+    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Start one rank's call and return its reference, to be awaited with `as_completed` or `gather`."""
+        return getattr(self.actors[rank], method).remote(*args, **kwargs)
+
+    def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
+        """The same call on every rank; results in rank order."""
+        pending = {self.submit(r, method, *args, **kwargs): self.rank_name(r) for r in range(len(self.actors))}
+        return gather(pending, method, timeout_s)
+
+    def scatter(self, method: str, per_rank: Sequence[Any], *, timeout_s: float) -> list[Any]:
+        """One argument per rank; results in rank order."""
+        shares = enumerate(per_rank)
+        return gather({self.submit(r, method, arg): self.rank_name(r) for r, arg in shares}, method, timeout_s)
+
+    def kill(self) -> None:
+        """End the actors at once."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch split by cost over ranks and micro-batches, and the way back."""
+
+    batch: Batch
+    plan: list[list[list[int]]]
+
+    @staticmethod
+    def of(batch: Batch, *, ranks: int, token_budget: int, hidden_size: int) -> Split:
+        """Plan the split of a batch (see `plan_microbatches`)."""
+        lens = batch.seq_lens.tolist()
+        return Split(batch, plan_microbatches(lens, ranks=ranks, token_budget=token_budget, hidden_size=hidden_size))
+
+    def shares(self) -> list[list[Batch]]:
+        """The micro-batches of each rank."""
+        return [[self.batch.select(samples) for samples in share] for share in self.plan]
+
+    def merge(self, results: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """[R] values of the trained tokens of each rank's micro-batches -> [T] in the batch's own order, 0 elsewhere."""
+        merged_T = np.zeros(len(self.batch.tokens), np.float32)
+        ends = np.cumsum(self.batch.seq_lens)
+        for share, values in zip(self.plan, results, strict=True):
+            for samples, values_R in zip(share, values, strict=True):
+                if not samples:
+                    continue
+                spans = [np.arange(ends[s] - self.batch.seq_lens[s], ends[s]) for s in samples]
+                index_T = np.concatenate(spans)
+                merged_T[index_T[self.batch.loss_mask[index_T]]] = values_R
+        return merged_T

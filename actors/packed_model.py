@@ -1,0 +1,162 @@
+"""A language model over packed samples: one row without padding, attention within each sample, one head for log-probs.
+
+Samples lie one after the other in a single row; `position_ids` restart with each, and the boundaries travel as the
+`cu_seq_lens` arguments that flash attention takes. Where flash attention is not to be had (the CPU, or a GPU without
+the package) `ragged_sdpa` reads the same arguments and attends sample by sample.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from engine.algorithms.logprobs import token_logprobs
+from engine.config import Config, UserError
+from engine.data.batch import Batch
+
+RAGGED_SDPA = "ragged_sdpa"
+
+
+def ragged_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a packed row: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    spans = torch.diff(cu_seq_lens_q).tolist()
+    grouped = query.shape[1] != key.shape[1]
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
+        for q, k, v in zip(query.split(spans, 2), key.split(spans, 2), value.split(spans, 2), strict=True)
+    ]
+    return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(RAGGED_SDPA, ragged_sdpa)
+AttentionMaskInterface.register(RAGGED_SDPA, lambda *args, **kwargs: None)
+
+
+def attention_for(device: str, flash_attention_installed: bool) -> str:
+    """Name of the attention that a packed row needs on this device."""
+    return "flash_attention_2" if device == "cuda" and flash_attention_installed else RAGGED_SDPA
+
+
+def load_language_model(config: Config) -> PreTrainedModel:
+    """The starting model on the host, without dropout.
+
+    Raises:
+        UserError: its output layer is not a plain projection, so log-probs would be wrong.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        dtype=getattr(torch, config.dtype),
+        trust_remote_code=config.model.trust_remote_code,
+        attn_implementation=attention_for(config.device, importlib.util.find_spec("flash_attn") is not None),
+    )
+    head = model.get_output_embeddings()
+    scaled = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)]
+    if getattr(head, "bias", None) is not None or scaled:
+        raise UserError(
+            f"model.path: {config.model.path} changes its logits after the projection "
+            f"({', '.join(scaled) or 'a bias'}), which the chunked log-probs do not compute; use another model"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One micro-batch on its device. R = trained (response) tokens, T = all tokens."""
+
+    tokens: torch.Tensor
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64, from 0 in each sample."""
+    cu_seq_lens: torch.Tensor
+    """[B + 1] int32: where samples begin and end."""
+    max_seq_len: int
+    """Longest sample."""
+    predictors: torch.Tensor
+    """[R] int64: the position before each trained token."""
+    targets: torch.Tensor
+    """[R] int64: the trained tokens."""
+    response_lens: torch.Tensor
+    """[B] int64: trained tokens of each sample."""
+
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> PackedRow:
+        """Pack a batch. An empty one becomes a single token without a target, so that every rank runs a pass."""
+        if len(batch) == 0:
+            tokens, seq_lens, trained_at = np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(0, np.int64)
+        else:
+            tokens, seq_lens = batch.tokens.astype(np.int64), batch.seq_lens.astype(np.int64)
+            trained_at = np.flatnonzero(batch.loss_mask)
+        ends = np.cumsum(seq_lens)
+        positions = np.arange(len(tokens)) - np.repeat(ends - seq_lens, seq_lens)
+        assert (positions[trained_at] > 0).all(), "the first token of a sample has no predictor and cannot be trained"
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return PackedRow(
+            tokens=on_device(tokens)[None],
+            position_ids=on_device(positions)[None],
+            cu_seq_lens=on_device(np.concatenate([[0], ends]).astype(np.int32)),
+            max_seq_len=int(seq_lens.max()),
+            predictors=on_device(trained_at - 1),
+            targets=on_device(tokens[trained_at]),
+            response_lens=on_device(batch.response_lens),
+        )
+
+
+class PackedLogProbs(nn.Module):
+    """Log-probability and entropy of each trained token, from hidden states, at the sampling temperature."""
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.head = LogProbHead(model.get_output_embeddings().weight, temperature=temperature)
+
+    def forward(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (logp [R], entropy [R], without gradient) in float32."""
+        hidden = self.model.base_model(
+            input_ids=row.tokens,
+            position_ids=row.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=row.cu_seq_lens,
+            cu_seq_lens_k=row.cu_seq_lens,
+            max_length_q=row.max_seq_len,
+            max_length_k=row.max_seq_len,
+        ).last_hidden_state[0]
+        return self.head(hidden[row.predictors], row.targets)
+
+
+class LogProbHead(nn.Module):
+    """The output embedding as a module of its own, so that ZeRO-3 gathers it for this use."""
+
+    def __init__(self, weight: nn.Parameter, *, temperature: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.temperature = temperature
+
+    def forward(self, hidden_T: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [R, H], targets [R] -> (logp [R], entropy [R])."""
+        return token_logprobs(hidden_T, self.weight, targets_T, temperature=self.temperature)

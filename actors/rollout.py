@@ -1,0 +1,271 @@
+"""A vLLM engine inside a Ray actor, stepped by the actor's own thread.
+
+    callers' threads          step thread                     publisher's thread
+    generate(): add requests  loop: lock, step, unlock        load_weights(): fetch, checksum
+      wait for their event      finished request -> event       lock, load, version += 1, reset prefix cache, unlock
+
+The engine runs in this process (no engine-core child to supervise); one lock orders its steps, new requests and weight
+updates, so weights change between two steps and never inside one. Each token is stamped with the version that made it.
+If the step thread dies, its error goes to every waiting and every later caller.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.group import ActorError, WorkerGroup, as_completed
+from actors.policy import PolicyGroup
+from actors.weights import Ack, Snapshot, receive
+from engine.config import Config
+from engine.roles import Generation, GenerationRequest, SamplingSettings
+
+
+@dataclass
+class _Request:
+    """A sample in the engine: its output so far and the event its caller waits on."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def extend(self, output: Any, version: int) -> None:
+        """Take what one engine step added."""
+        self.token_ids += output.token_ids
+        self.logprobs += [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+        self.versions += [version] * len(output.token_ids)
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+
+    def generation(self) -> Generation:
+        """The whole response."""
+        return Generation(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            versions=tuple(self.versions),
+            text=self.text,
+            finish_reason="length" if self.finish_reason == "length" else "stop",
+        )
+
+
+def engine_environment(device: str, threads: int) -> dict[str, str]:
+    """Environment of a rollout process; must be set before vLLM is imported."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        # torch.compile would be entered for one log-prob helper alone; thread pinning would reserve a core.
+        env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return env
+
+
+def engine_arguments(config: Config) -> dict[str, Any]:
+    """Arguments of vLLM's engine."""
+    rollout = config.rollout
+    arguments: dict[str, Any] = {
+        "model": config.model.path,
+        "dtype": config.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+        "max_model_len": rollout.max_model_len,
+        "max_num_seqs": rollout.concurrent_samples,
+        "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # after the temperature: what the tokens were sampled from
+        "seed": config.seed,
+        "disable_log_stats": True,
+    }
+    if config.device == "cpu":
+        arguments |= {"enforce_eager": True, "block_size": 32}
+    return arguments
+
+
+class RolloutActor:
+    """One engine. It serves nothing until a published weight version has been acknowledged."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        if config.device == "cpu":
+            # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied output
+            # embedding would stay at its old value without an error). Plain weights cost about a tenth of the speed.
+            import vllm._custom_ops as ops
+
+            ops._supports_onednn = False
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        arguments = EngineArgs(**engine_arguments(config))
+        self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        self.version: int | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._requests: dict[str, _Request] = {}
+        self._counter = 0
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
+
+    def ready(self) -> int:
+        """Returns the process id once the engine is up."""
+        return os.getpid()
+
+    def generate(
+        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], *, version: int, timeout_s: float
+    ) -> list[Generation]:
+        """One response per seed to the same prompt. Blocks its caller's thread only.
+
+        Raises:
+            RuntimeError: the engine does not hold this weight version, or its step thread has died.
+            TimeoutError: not all responses were whole within `timeout_s` seconds; the open ones are aborted.
+        """
+        deadline = time.monotonic() + timeout_s
+        requests = self._submit(prompt, settings, seeds, version)
+        try:
+            for request in requests.values():
+                if not request.done.wait(deadline - time.monotonic()):
+                    raise TimeoutError(f"{len(requests)} samples not finished after {timeout_s:.0f} s")
+                if self._error is not None:
+                    raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
+            return [request.generation() for request in requests.values()]
+        finally:
+            with self._lock:
+                unfinished = [i for i, r in requests.items() if not r.done.is_set()]
+                if unfinished and self._error is None:
+                    self.engine.abort_request(unfinished)
+                for request_id in requests:
+                    self._requests.pop(request_id, None)
+
+    def load_weights(self, snapshot: Snapshot, fetch_s: float) -> Ack:
+        """Take a published version between two engine steps and acknowledge it. Versions only go up.
+
+        Raises:
+            RuntimeError: the checksum differs, a tensor is missing, or the version is not newer.
+        """
+        if self.version is not None and snapshot.version <= self.version:
+            raise RuntimeError(f"weights version {snapshot.version} is not newer than {self.version}")
+        buckets, ack = receive(snapshot, timeout_s=fetch_s)
+        with self._lock:
+            self._load([tensor for bucket in buckets for tensor in bucket.tensors()])
+            # Cached keys and values belong to the old weights; running requests are recomputed under the new ones.
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+            self.version = snapshot.version
+        return ack
+
+    def _load(self, weights: list[tuple[str, Any]]) -> None:
+        model = self.engine.model_executor.driver_worker.worker.model_runner.model
+        known = dict(model.named_parameters())
+        loaded = model.load_weights(iter(weights))
+        missing = set(known) - loaded if loaded is not None else set()
+        if missing:
+            raise RuntimeError(f"the published weights leave {len(missing)} of the engine's tensors stale: {sorted(missing)[:3]}")
+
+    def _submit(
+        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], version: int
+    ) -> dict[str, _Request]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        requests: dict[str, _Request] = {}
+        with self._lock:
+            if self._error is not None:
+                raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
+            if self.version != version:
+                raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
+            for seed in seeds:
+                params = SamplingParams(
+                    max_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    stop=list(settings.stop) or None,
+                    include_stop_str_in_output=True,
+                    logprobs=0,
+                    seed=seed,
+                    output_kind=RequestOutputKind.DELTA,
+                )
+                self._counter += 1
+                request_id = str(self._counter)
+                self.engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+                requests[request_id] = self._requests[request_id] = _Request()
+        self._wake.set()
+        return requests
+
+    def _run(self) -> None:
+        """The step thread."""
+        try:
+            while True:
+                self._wake.wait()
+                with self._lock:
+                    if not self.engine.has_unfinished_requests():
+                        self._wake.clear()
+                        continue
+                    self._step()
+                time.sleep(0)  # let a waiting publisher or caller take the lock
+        except BaseException as error:
+            self._error = error
+            for request in list(self._requests.values()):
+                request.done.set()
+
+    def _step(self) -> None:
+        assert self.version is not None  # no request is admitted before
+        for output in self.engine.step():
+            request = self._requests.get(output.request_id)
+            if request is None:
+                continue
+            request.extend(output.outputs[0], self.version)
+            if output.finished:
+                request.done.set()
+
+
+class RolloutGroup:
+    """The controller's side of the engines: gives prompts to the least busy one and keeps their weights current.
+
+    Only an engine that acknowledged the current version and its checksum is given prompts.
+    """
+
+    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
+        self.config = config
+        self.workers = workers
+        self.policy = policy
+        self.version: int | None = None
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Bring every engine to the policy's weights under this version; returns timings and sizes.
+
+        Raises:
+            ActorError: an engine failed to load them or acknowledged something else.
+        """
+        start = time.monotonic()
+        snapshot = self.policy.publish(version)
+        packed = time.monotonic()
+        timeout_s = self.config.timeouts.publish
+        acks = self.workers.call("load_weights", snapshot, timeout_s, timeout_s=timeout_s)
+        for rank, ack in enumerate(acks):
+            if ack != Ack(version, snapshot.checksum):
+                raise ActorError(f"{self.workers.rank_name(rank)}: acknowledged {ack}, not version {version}")
+        self.version = version
+        return {
+            "time/publish": time.monotonic() - start,
+            "time/publish_pack": packed - start,
+            "rollout/weight_bytes": float(snapshot.num_bytes),
+            "rollout/weight_version": float(version),
+        }
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> Iterator[tuple[int, list[Generation]]]:
+        """Yields (key, responses) as each prompt's responses are whole, in any order."""
+        timeout_s = self.config.timeouts.generate
+        tokens = [0] * len(self.workers.actors)
+        names: dict[Any, str] = {}
+        keys: dict[Any, int] = {}
+        for request in requests:
+            rank = min(range(len(tokens)), key=tokens.__getitem__)
+            tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
+            ref = self.workers.submit(
+                rank, "generate", request.prompt, settings, request.seeds, version=self.version, timeout_s=timeout_s
+            )
+            names[ref], keys[ref] = self.workers.rank_name(rank), request.key
+        for ref, generations in as_completed(names, "generate", timeout_s):
+            yield keys[ref], generations

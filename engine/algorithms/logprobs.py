@@ -1,0 +1,116 @@
+"""Log-probs of given tokens straight from hidden states, without the [T, V] matrix of logits.
+
+Legend: T tokens, H hidden size, V vocabulary, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def token_logprobs(
+    hidden_T: torch.Tensor,
+    weight: torch.Tensor,
+    targets_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target under softmax(hidden @ weight.T / temperature), and the entropy of that distribution.
+
+    Logits exist for one chunk of tokens at a time and are recomputed in the backward pass: the idea of gradient
+    checkpointing (Chen et al. 2016, arXiv:1604.06174), applied to the loss layer as in arXiv:2411.09009. Each of
+    `hidden_T` and `weight` receives one gradient per backward pass, however many chunks there are, as ZeRO demands.
+    Everything is computed in float32 (float64 if an input is float64), also under autocast.
+
+    Call it inside the forward of the module that owns `weight`: a parameter that ZeRO-3 has sharded is whole only
+    during that module's forward and backward.
+
+    Args:
+        hidden_T: [T, H] last hidden states; T may be 0.
+        weight: [V, H] output embeddings.
+        targets_T: [T] int64 token ids.
+        temperature: the sampling temperature, above 0.
+        chunk_tokens: C; the work memory is about 2 * C * V numbers.
+
+    Returns:
+        (logp_T, entropy_T), float32 or float64; the entropy, in nats, carries no gradient.
+
+    Raises:
+        ValueError: for sizes that do not fit together, a temperature that is not positive, or an empty chunk.
+    """
+    if hidden_T.dim() != 2 or weight.dim() != 2 or hidden_T.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [T, H] and weight [V, H] are needed: {list(hidden_T.shape)}, {list(weight.shape)}")
+    if targets_T.shape != hidden_T.shape[:1]:
+        raise ValueError(f"one target per token is needed: {list(targets_T.shape)} for {len(hidden_T)} tokens")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}: at 0 there is no distribution")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+    return _TokenLogprobs.apply(hidden_T, weight, targets_T, temperature, chunk_tokens)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """The weight is read through `ctx.saved_tensors`, hence as it is (gathered) at the time of the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_T: torch.Tensor,
+        weight: torch.Tensor,
+        targets_T: torch.Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(hidden_T, weight, targets_T)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        dtype = _compute_dtype(hidden_T, weight)
+        weight = weight.to(dtype)
+        logp_T = hidden_T.new_empty(len(hidden_T), dtype=dtype)
+        entropy_T = torch.empty_like(logp_T)
+        with torch.autocast(hidden_T.device.type, enabled=False):
+            for span in _spans(len(hidden_T), chunk_tokens):
+                logp_CV = _log_softmax(hidden_T[span].to(dtype), weight, temperature)
+                logp_T[span] = logp_CV.gather(1, targets_T[span, None])[:, 0]
+                entropy_T[span] = -logp_CV.exp().mul_(logp_CV).sum(1)
+        ctx.mark_non_differentiable(entropy_T)
+        return logp_T, entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_logp_T: torch.Tensor, grad_entropy_T: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        hidden_T, weight, targets_T = ctx.saved_tensors
+        dtype = _compute_dtype(hidden_T, weight)
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        grad_hidden_T = torch.empty_like(hidden_T) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        whole_weight = weight.to(dtype)
+        with torch.autocast(hidden_T.device.type, enabled=False):
+            for span in _spans(len(hidden_T), ctx.chunk_tokens):
+                hidden_C = hidden_T[span].to(dtype)
+                scale_C1 = grad_logp_T[span, None] / ctx.temperature
+                # d logp(target) / d logits = onehot(target) - softmax
+                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature).exp_().mul_(-scale_C1)
+                grad_CV.scatter_add_(1, targets_T[span, None], scale_C1)
+                if grad_hidden_T is not None:
+                    grad_hidden_T[span] = (grad_CV @ whole_weight).to(hidden_T.dtype)
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_CV.T, hidden_C)
+        return grad_hidden_T, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax((hidden_C @ weight.T).div_(temperature), dim=1)
+
+
+def _compute_dtype(hidden_T: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden_T.dtype, weight.dtype) else torch.float32
+
+
+def _spans(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens))

@@ -1,0 +1,67 @@
+"""The command `gnomon` (= `python -m engine`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+@app.callback()
+def _about() -> None:
+    """Gnomon: distributed RLHF, from one YAML file."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+) -> None:
+    """Run a configuration."""
+    from engine.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    from engine import pipeline
+
+    result = pipeline.run(loaded)
+    print(result.summary())
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and memory, what is missing and how to mend it."""
+    from engine.doctor import diagnose, print_report
+
+    report = diagnose()
+    print_report(report)
+    if not report.ok:
+        raise typer.Exit(FAILURE)
+
+
+def main() -> None:
+    """Entry point: one clear message and an exit code for every way a command can end.
+
+    0 done; 1 a failure; 2 something to mend in the input; 130 interrupted.
+    """
+    from engine.config import UserError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:  # with standalone_mode off, commands leave by exception
+        sys.exit(stop.exit_code)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(FAILURE)

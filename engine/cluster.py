@@ -1,0 +1,198 @@
+"""The run's cluster: Ray, one placement group for all roles, the worker groups. The only file that imports actors/.
+
+What does not fit is an error that says what is missing, before anything starts; a placement group never waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from actors.group import ActorError, Slots, WorkerGroup, rendezvous
+from actors.policy import PolicyActor, PolicyGroup
+from actors.reference import ReferenceActor, ReferenceGroup
+from actors.reward_group import RewardGroup
+from actors.reward_pool import RewardPool
+from actors.rollout import RolloutActor, RolloutGroup, engine_environment
+from engine.config import Config, UserError
+from engine.roles import Workers
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Role:
+    """How many ranks a role has and what each reserves."""
+
+    name: str
+    ranks: int
+    resources: dict[str, float]
+
+
+def roles_of(config: Config) -> list[Role]:
+    """The roles that a run starts, in the order of their bundles."""
+    cpu = {"CPU": config.ray.cpus_per_rank}
+    model = cpu | ({"GPU": 1.0} if config.device == "cuda" else {})
+    roles = [Role("policy", config.policy.ranks, model)]
+    if config.algorithm.kl_coef > 0:
+        roles.append(Role("reference", config.reference.ranks, model))
+    return [*roles, Role("rollout", config.rollout.engines, model), Role("rewards", 1, cpu)]
+
+
+def required(roles: list[Role]) -> dict[str, float]:
+    """Sum of what the roles reserve."""
+    total: dict[str, float] = {}
+    for role in roles:
+        for resource, amount in role.resources.items():
+            total[resource] = total.get(resource, 0.0) + amount * role.ranks
+    return total
+
+
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Join the configured cluster, or start one for this run alone and end it afterwards.
+
+    Raises:
+        UserError: the configured cluster cannot be reached.
+    """
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            store = config.ray.object_store_gib
+            need = required(roles_of(config))["CPU"]
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(-(-need // 1))),  # a laptop's roles take turns on its cores
+                object_store_memory=int(store * 2**30) if store else None,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"ray.address: no cluster answers at {address!r}: {error}") from None
+        stack.callback(ray.shutdown)
+        yield
+
+
+@contextlib.contextmanager
+def started_workers(config: Config) -> Iterator[Workers]:
+    """Place and start every role, hand them over ready to use, and end them afterwards.
+
+    Raises:
+        UserError: the cluster cannot hold the roles, or a user function does not load.
+        ActorError: an actor failed to start.
+    """
+    config = _with_absolute_paths(config)
+    with contextlib.ExitStack() as stack:
+        slots = stack.enter_context(_placed(config))
+
+        def start(name: str, actor_class: type, arguments: list, env: dict[str, str], concurrency: int = 1) -> WorkerGroup:
+            group = WorkerGroup(name, actor_class, slots[name], arguments=arguments, env=env, concurrency=concurrency)
+            stack.callback(group.kill)
+            return group
+
+        pool = start("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
+        engines = start(
+            "rollout",
+            RolloutActor,
+            [(config,)] * config.rollout.engines,
+            engine_environment(config.device, config.rollout.threads),
+            concurrency=1024,
+        )
+        timeout_s = config.timeouts.start
+        pool.wait_ready(timeout_s)
+        stack.callback(_close_pool, pool)
+        infos = rendezvous(slots["policy"], config.timeouts.place)
+        policy = start(
+            "policy",
+            PolicyActor,
+            [(config, info) for info in infos],
+            trainer_environment(config.device, config.policy.threads),
+        )
+        reference = None
+        if "reference" in slots:
+            env = trainer_environment(config.device, config.reference.threads)
+            reference = start("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
+        for group in [engines, policy, *([reference] if reference else [])]:
+            group.wait_ready(timeout_s)
+        policies = PolicyGroup(config, policy)
+        yield Workers(
+            policy=policies,
+            reference=ReferenceGroup(config, reference, policies.hidden_size) if reference else None,
+            rollouts=RolloutGroup(config, engines, policies),
+            rewards=RewardGroup(config, pool),
+        )
+
+
+def trainer_environment(device: str, threads: int) -> dict[str, str]:
+    """Environment of a training or scoring process."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        env |= {"DS_ACCELERATOR": "cpu"}
+    return env
+
+
+@contextlib.contextmanager
+def _placed(config: Config) -> Iterator[dict[str, Slots]]:
+    """Reserve a bundle for every rank of every role in one placement group."""
+    roles = roles_of(config)
+    _check_fits(roles)
+    bundles = [role.resources for role in roles for _ in range(role.ranks)]
+    placement = placement_group(bundles, strategy="PACK")
+    try:
+        if not placement.wait(config.timeouts.place):
+            raise UserError(
+                f"ray: the cluster did not free {required(roles)} within {config.timeouts.place:.0f} s; free now: "
+                f"{_shown(ray.available_resources())}. Wait for other jobs, or lower ranks, engines or ray.cpus_per_rank"
+            )
+        firsts = [sum(r.ranks for r in roles[:i]) for i in range(len(roles))]
+        yield {r.name: Slots(placement, first, r.ranks, r.resources) for r, first in zip(roles, firsts, strict=True)}
+    finally:
+        remove_placement_group(placement)
+
+
+def _check_fits(roles: list[Role]) -> None:
+    have, need = ray.cluster_resources(), required(roles)
+    short = {r: amount for r, amount in need.items() if have.get(r, 0.0) < amount}
+    if short:
+        table = ", ".join(f"{role.name}: {role.ranks} x {_shown(role.resources)}" for role in roles)
+        raise UserError(
+            f"ray: the run needs {_shown(need)} ({table}) but the whole cluster has {_shown(have)}; "
+            "add nodes, or lower ranks, engines or ray.cpus_per_rank"
+        )
+
+
+def _shown(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
+
+
+def _close_pool(pool: WorkerGroup) -> None:
+    with contextlib.suppress(ActorError):  # it is killed next
+        pool.call("close", timeout_s=CLOSE_TIMEOUT_S)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute: actors do not share the controller's working directory."""
+    model = config.model
+    if Path(model.path).is_dir():
+        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    functions = []
+    for entry in config.rewards.functions:
+        file, colon, name = entry.function.rpartition(":")
+        if file.endswith(".py"):
+            entry = entry.model_copy(
+                update={"function": f"{Path(file).absolute()}{colon}{name}", "name": entry.name}
+            )
+        functions.append(entry)
+    rewards = config.rewards.model_copy(update={"functions": functions})
+    return config.model_copy(update={"model": model, "rewards": rewards})

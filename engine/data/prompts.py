@@ -1,0 +1,122 @@
+"""Prompts as token ids: the chat template, the system prompt and the length limit, applied once before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+
+from engine.config import DataConfig, UserError
+from engine.data.sources import Rows, bad_rows_error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, and the row it came from."""
+
+    index: int
+    """Position of the row in `Rows.rows`, from 0."""
+    token_ids: tuple[int, ...]
+    """What the model sees, ready to be continued."""
+    prompt: str | list[dict[str, Any]]
+    """As in the row: text or messages."""
+    row: dict[str, Any]
+    """All columns."""
+
+
+@dataclass(frozen=True)
+class PreparedPrompts:
+    """Usable prompts, and why rows were left out."""
+
+    prompts: list[Prompt]
+    skipped: list[str]
+    """Reasons of `Rows.skipped`, then those found here."""
+
+
+def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_tokens: int) -> PreparedPrompts:
+    """Tokenise the `prompt` of each row.
+
+    With a chat template (`data.chat_template`), text becomes a user message after `data.system_prompt`, and the ids
+    are those of the template itself, with its generation prompt. Without one, text is tokenised with the tokenizer's
+    special tokens. `data.on_long_prompt` "truncate" keeps the last `max_prompt_tokens` ids.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_prompt_tokens: longest prompt, in tokens.
+
+    Raises:
+        UserError: a template is needed and there is none, or it is malformed; a prompt cannot be rendered (unless
+            `data.on_bad_row` is "skip") or is too long (unless `data.on_long_prompt` says otherwise); none is left.
+    """
+    templated = _uses_template(tokenizer, data)
+    prompts: list[Prompt] = []
+    unusable: list[str] = []
+    too_long: list[str] = []
+    skipped: list[str] = []
+    for index, row in enumerate(rows.rows):
+        try:
+            ids = _tokenise(row["prompt"], tokenizer, templated, data.system_prompt)
+        except _PromptError as error:
+            unusable.append(f"row {index}: {error}")
+            skipped.append(unusable[-1])
+            continue
+        if len(ids) > max_prompt_tokens and data.on_long_prompt != "truncate":
+            too_long.append(f"row {index}: the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}")
+            skipped.append(too_long[-1])
+            continue
+        prompts.append(Prompt(index, tuple(ids[-max_prompt_tokens:]), row["prompt"], row))
+    if unusable and data.on_bad_row == "fail":
+        raise bad_rows_error("prompts", unusable, len(rows.rows))
+    if too_long and data.on_long_prompt == "fail":
+        shown = "".join(f"\n  {reason}" for reason in too_long[:10])
+        raise UserError(
+            f"{len(too_long)} of {len(rows.rows)} prompts are too long; raise data.max_prompt_tokens (or "
+            f"rollout.max_model_len), or set data.on_long_prompt: skip or truncate{shown}"
+        )
+    if not prompts:
+        shown = "".join(f"\n  {reason}" for reason in skipped[:10])
+        raise UserError(f"no prompt is left: all {len(rows.rows)} rows were skipped{shown}")
+    return PreparedPrompts(prompts, [*rows.skipped, *skipped])
+
+
+class _PromptError(Exception):
+    """This row's prompt cannot be tokenised; the message says why."""
+
+
+def _uses_template(tokenizer: Any, data: DataConfig) -> bool:
+    has_template = bool(tokenizer.chat_template)
+    if data.chat_template == "always" and not has_template:
+        raise UserError("data.chat_template: is always, but the tokenizer has no chat template; use auto or never")
+    templated = has_template and data.chat_template != "never"
+    if data.system_prompt is not None and not templated:
+        why = "data.chat_template is never" if has_template else "the tokenizer has no chat template"
+        raise UserError(f"data.system_prompt: needs a chat template, but {why}; put the text into the prompts instead")
+    return templated
+
+
+def _tokenise(prompt: Any, tokenizer: Any, templated: bool, system_prompt: str | None) -> list[int]:
+    if templated:
+        ids = _apply_template(prompt, tokenizer, system_prompt)
+    elif isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        raise _PromptError(
+            "the prompt is a list of messages, which needs a chat template, and none is used; give text, a tokenizer "
+            "with a template, or data.chat_template: auto"
+        )
+    if not ids:
+        raise _PromptError("the prompt gives no tokens")
+    return list(ids)
+
+
+def _apply_template(prompt: Any, tokenizer: Any, system_prompt: str | None) -> list[int]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the tokenizer's chat template is malformed (line {error.lineno}): {error}") from error
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise _PromptError(f"the chat template failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,293 @@
+"""Rows from files, callables and Hugging Face datasets; every bad row is reported with its place and the reason."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from engine.config import SourceConfig, UserError
+from engine.user_code import describe_error, load_object
+
+_SHOWN = 10
+_CALLABLE = re.compile(r"([^:]+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Usable rows, with the columns renamed, and why others were left out."""
+
+    rows: list[dict[str, Any]]
+    skipped: list[str]
+    """One `place: reason` for each bad row, in order."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One row as read (None: unreadable), the place it came from, and what was wrong with it."""
+
+    place: str
+    row: Any
+    problem: str | None = None
+
+
+def load_rows(
+    source: SourceConfig, *, columns: dict[str, str], on_bad_row: str, required: tuple[str, ...] = ("prompt",)
+) -> Rows:
+    """Read and check all rows of a source.
+
+    Args:
+        source: a jsonl, json, csv (also gzipped) or parquet file or glob; `pkg.mod:fn` or `file.py:fn`, called with
+            `source.arguments`, returning an iterable of dicts; else a local dataset folder or a Hugging Face name.
+            Values read from csv are strings.
+        columns: renames, our name -> the name in the rows.
+        on_bad_row: "fail", or "skip" to leave bad rows out and say why in `Rows.skipped`.
+        required: columns (ours) that every row must have; `prompt` is also checked for its form: a non-empty string
+            or a list of messages that does not end with the assistant's.
+
+    Raises:
+        UserError: the source cannot be read, a row is bad and `on_bad_row` is "fail", or no row is usable.
+    """
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for read in _read_source(source):
+        checked, problem = (None, read.problem) if read.problem else _check(read.row, columns, required)
+        if checked is None:
+            problems.append(f"{read.place}: {problem}")
+        else:
+            rows.append(checked)
+    if problems and on_bad_row == "fail":
+        raise bad_rows_error(source.path, problems, len(rows) + len(problems))
+    if not rows:
+        detail = "".join(f"\n  {p}" for p in problems[:_SHOWN])
+        raise UserError(f"data source {source.path!r}: there are no usable rows ({len(problems)} bad ones){detail}")
+    return Rows(rows, problems)
+
+
+def bad_rows_error(where: str, problems: Sequence[str], total: int) -> UserError:
+    """The one error for all bad rows of a source: the first few, the count, the remedy."""
+    shown = "".join(f"\n  {p}" for p in problems[:_SHOWN])
+    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return UserError(
+        f"data source {where!r}: {len(problems)} bad of {total} rows; mend them, or set data.on_bad_row: skip to "
+        f"leave them out{shown}{more}"
+    )
+
+
+def _read_source(source: SourceConfig) -> Iterator[_Read]:
+    path = source.path
+    if _CALLABLE.fullmatch(path):
+        return _read_callable(path, source.arguments)
+    if Path(path).expanduser().is_dir():
+        return _read_dataset(str(Path(path).expanduser()), source)
+    expanded = str(Path(path).expanduser())
+    files = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))
+    files = [f for f in files if Path(f).is_file()]
+    if files:
+        readers = [(file, _reader_of(file)) for file in files]
+        return (read for file, reader in readers for read in _read_file(file, reader))
+    if _HUB_NAME.fullmatch(path) and _suffix(path) not in _READERS:
+        return _read_dataset(path, source)
+    raise UserError(f"data source {path!r}: no such file; paths start at the working directory {Path.cwd()}")
+
+
+def _suffix(path: str) -> str:
+    suffixes = Path(path).suffixes
+    return "".join(suffixes[-2:]).lower() if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:]).lower()
+
+
+def _reader_of(file: str) -> Any:
+    reader = _READERS.get(_suffix(file))
+    if reader is None:
+        raise UserError(f"data source {file!r}: unknown kind of file; known: {', '.join(_READERS)}")
+    return reader
+
+
+def _read_file(file: str, reader: Any) -> Iterator[_Read]:
+    try:
+        yield from reader(file)
+    except (OSError, EOFError) as error:
+        raise UserError(f"data source {file!r}: cannot be read: {error}") from error
+
+
+def _open(file: str) -> IO[bytes]:
+    return gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+
+
+def _read_jsonl(file: str) -> Iterator[_Read]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse_json(line, f"{file}:{number}")
+
+
+def _parse_json(raw: bytes, place: str) -> _Read:
+    try:
+        return _Read(place, json.loads(raw.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        return _Read(place, None, f"not UTF-8 text (byte {error.start})")
+    except json.JSONDecodeError as error:
+        return _Read(place, None, f"not valid JSON: {error}")
+    except RecursionError:
+        return _Read(place, None, "not valid JSON: nested too deeply")
+
+
+def _read_json(file: str) -> Iterator[_Read]:
+    with _open(file) as stream:
+        whole = _parse_json(stream.read(), file)
+    if whole.problem:
+        yield whole
+    elif not isinstance(whole.row, list):
+        yield _Read(file, None, f"must be a list of objects, is {_kind(whole.row)}; one object per line is .jsonl")
+    else:
+        yield from (_Read(f"{file}: item {i}", row) for i, row in enumerate(whole.row, start=1))
+
+
+def _read_csv(file: str) -> Iterator[_Read]:
+    def text() -> Iterator[str]:
+        with _open(file) as lines:
+            for i, line in enumerate(lines):
+                yield line.decode("utf-8-sig" if i == 0 else "utf-8", errors="surrogateescape")
+
+    reader = csv.reader(text(), strict=True)
+    header = next(reader, [])
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield _Read(f"{file}:{line}", None, f"not valid CSV: {error}")
+            continue
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            yield _Read(f"{file}:{line}", None, f"has {len(cells)} cells, the header has {len(header)}")
+        elif any(_is_broken_text(cell) for cell in cells):
+            yield _Read(f"{file}:{line}", None, "not UTF-8 text")
+        else:
+            yield _Read(f"{file}:{line}", dict(zip(header, cells, strict=True)))
+
+
+def _read_parquet(file: str) -> Iterator[_Read]:
+    import pyarrow  # slow to import, needed for parquet only
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _Read(f"{file}: row {number}", row)
+    except pyarrow.ArrowException as error:
+        yield _Read(file, None, f"not a valid parquet file: {error}")
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".json.gz": _read_json,
+    ".csv": _read_csv,
+    ".csv.gz": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_callable(spec: str, arguments: dict[str, Any]) -> Iterator[_Read]:
+    function = load_object(spec, what="data source")
+    try:
+        produced = function(**arguments)
+        if not isinstance(produced, Iterable) or isinstance(produced, str | bytes | dict):
+            raise UserError(f"data source {spec!r}: returned {_kind(produced)}, must return an iterable of dicts")
+        for number, row in enumerate(produced, start=1):
+            yield _Read(f"{spec}: row {number}", row)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data source {spec!r}: raised {describe_error(error)}") from error
+
+
+def _read_dataset(path: str, source: SourceConfig) -> Iterator[_Read]:
+    import datasets  # slow to import, needed for Hugging Face datasets only
+
+    try:
+        dataset = datasets.load_dataset(path, source.subset, split=source.split)
+        for number, row in enumerate(dataset, start=1):
+            yield _Read(f"{path} [{source.split}]: row {number}", row)
+    except Exception as error:  # the hub, its cache, parsers and the network raise dozens of unrelated types
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(
+            f"data source {path!r}: is no local file, and loading it as a Hugging Face dataset (subset "
+            f"{source.subset!r}, split {source.split!r}) failed: {type(error).__name__}: {reason}; check the name, "
+            "subset and split and the network, or give a file"
+        ) from error
+
+
+def _check(row: Any, columns: dict[str, str], required: Sequence[str]) -> tuple[dict[str, Any] | None, str | None]:
+    """The row with columns renamed, or None and the reason why it is unusable."""
+    if not isinstance(row, dict):
+        return None, f"must be an object with columns, is {_kind(row)}"
+    if not all(isinstance(name, str) for name in row):
+        return None, "its column names must be strings"
+    present = ", ".join(row) or "none"
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            return None, f"has no column {theirs!r} (data.columns renames it to {ours!r}); its columns: {present}"
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
+    for name in required:
+        if name not in renamed:
+            return None, (
+                f"has no column {name!r}; its columns: {present}; rename one with data.columns: {{{name}: ...}}"
+            )
+        if renamed[name] is None:
+            return None, f"column {name!r} is empty"
+    problem = _prompt_problem(renamed["prompt"]) if "prompt" in required else None
+    return (None, problem) if problem else (renamed, None)
+
+
+def _prompt_problem(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            return "column 'prompt' is empty"
+        return "column 'prompt' has characters that are not valid Unicode" if _is_broken_text(prompt) else None
+    if not isinstance(prompt, list):
+        return f"column 'prompt' must be text or a list of messages, is {_kind(prompt)}"
+    if not prompt:
+        return "column 'prompt' is empty"
+    for i, message in enumerate(prompt):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return f"column 'prompt': message {i} must be an object with role and content"
+        if message["role"] not in _ROLES:
+            return f"column 'prompt': message {i} has role {message['role']!r}; use one of {', '.join(_ROLES)}"
+        if not isinstance(message["content"], str):
+            return f"column 'prompt': message {i} must have text as content, has {_kind(message['content'])}"
+        if _is_broken_text(message["content"]):
+            return f"column 'prompt': message {i} has characters that are not valid Unicode"
+    if prompt[-1]["role"] == "assistant":
+        return "column 'prompt': the last message is the assistant's; end with the one to be answered"
+    return None
+
+
+def _is_broken_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

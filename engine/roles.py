@@ -1,0 +1,102 @@
+"""What the loop needs of the workers, as Protocols: the stages see these and never an actor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from engine.data.batch import Batch
+from engine.rewards.contract import Sample, Scores
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn."""
+
+    temperature: float
+    """0 is greedy."""
+    max_new_tokens: int
+    """Longest response."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response (kept in it)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response, as it was sampled: tokens are never made from the text again."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token under the sampling distribution, temperature included."""
+    versions: tuple[int, ...]
+    """Weight version that produced each token."""
+    text: str
+    """Decoded, without special tokens."""
+    finish_reason: Literal["stop", "length"]
+    """`length`: cut at max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to answer once per seed. `key` comes back with the responses."""
+
+    key: int
+    prompt: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+class Rollouts(Protocol):
+    """The engines."""
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> Iterator[tuple[int, list[Generation]]]:
+        """Yields (key, responses) as each prompt's responses are whole, in any order."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Bring every engine to the policy's current weights under this version; returns timings and sizes."""
+
+
+class Policy(Protocol):
+    """The trained model."""
+
+    def logprobs(self, batch: Batch) -> np.ndarray:
+        """[T] float32: log-probs of the trained tokens, 0 elsewhere."""
+
+    def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimizer update per minibatch; returns metrics."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model in Hugging Face format, whole or not at all."""
+
+
+class Reference(Protocol):
+    """The frozen starting policy."""
+
+    def logprobs(self, batch: Batch) -> np.ndarray:
+        """[T] float32: log-probs of the trained tokens, 0 elsewhere."""
+
+
+class Rewards(Protocol):
+    """The user's reward functions."""
+
+    def submit(self, key: int, samples: Sequence[Sample]) -> None:
+        """Start scoring; results come from `collect`."""
+
+    def collect(self) -> Iterator[tuple[int, Scores]]:
+        """Yields (key, scores) of everything submitted, as it is done."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Everything an online RL stage drives."""
+
+    policy: Policy
+    reference: Reference | None
+    """None when the KL coefficient is 0."""
+    rollouts: Rollouts
+    rewards: Rewards

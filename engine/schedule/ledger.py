@@ -1,0 +1,67 @@
+"""The account of every sample: admitted, then trained or dropped with a named reason. A pure state machine.
+
+    admit -> in flight -> train
+                       -> drop(reason)
+
+There is no way back into flight and none out of `trained` or `dropped`: a sample that takes such a step twice, or
+that was never admitted, is an error of the program and raises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+
+class SampleLedger:
+    """Counts samples so that none is lost: admitted == trained + dropped + in flight, always."""
+
+    def __init__(self) -> None:
+        self._next_id = 0
+        self._in_flight: set[int] = set()
+        self.trained = 0
+        self.dropped: Counter[str] = Counter()
+
+    @property
+    def admitted(self) -> int:
+        """Samples ever admitted."""
+        return self._next_id
+
+    @property
+    def in_flight(self) -> frozenset[int]:
+        """Samples admitted and not yet settled."""
+        return frozenset(self._in_flight)
+
+    def admit(self, count: int) -> list[int]:
+        """Unique ids for `count` new samples."""
+        ids = list(range(self._next_id, self._next_id + count))
+        self._next_id += count
+        self._in_flight.update(ids)
+        return ids
+
+    def train(self, sample_ids: Iterable[int]) -> None:
+        """These samples were part of an optimizer update."""
+        self.trained += self._settle(sample_ids)
+
+    def drop(self, sample_ids: Iterable[int], reason: str) -> None:
+        """These samples will not be trained, for this reason."""
+        self.dropped[reason] += self._settle(sample_ids)
+
+    def check(self) -> None:
+        """Assert the account.
+
+        Raises:
+            AssertionError: the sums differ.
+        """
+        settled = self.trained + sum(self.dropped.values())
+        assert self.admitted == settled + len(self._in_flight), (
+            f"ledger: admitted {self.admitted}, trained {self.trained}, dropped {dict(self.dropped)}, "
+            f"in flight {len(self._in_flight)}"
+        )
+
+    def _settle(self, sample_ids: Iterable[int]) -> int:
+        ids = [int(i) for i in sample_ids]
+        unknown = [i for i in ids if i not in self._in_flight]
+        assert not unknown and len(set(ids)) == len(ids), f"samples settled twice or never admitted: {unknown or ids}"
+        self._in_flight.difference_update(ids)
+        return len(ids)

@@ -1,0 +1,236 @@
+"""Online reinforcement learning: generate, score, compare within groups, update, publish.
+
+    prompts --> engines --(finished groups)--> rewards --> advantages --> policy update --> publish --> engines
+
+The controller waits for the slowest group of a step and its rewards, then for the update; each wait has a deadline.
+Strictly on-policy: every token of a step was sampled from the weights that the step updates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.algorithms.advantages import group_relative
+from engine.config import Config
+from engine.data.batch import Batch
+from engine.data.prompts import Prompt
+from engine.data.sampler import PromptSampler
+from engine.roles import SamplingSettings, Workers
+from engine.schedule.ledger import SampleLedger
+from engine.stages.evaluation import evaluate
+from engine.stages.experience import Group, collect_groups, sample_seeds, to_batch
+from engine.tracking.console import Progress
+from engine.tracking.tracker import Tracker
+
+FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""How far the KL to the starting policy may be from 0, and the ratio from 1, before anything was learned."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with."""
+
+    model: Path
+    """Final model, in Hugging Face format."""
+    before: dict[str, float]
+    """`eval/...` metrics before the first step; empty without held-out rows."""
+    after: dict[str, float]
+    """The same after the last."""
+
+    def summary(self) -> str:
+        """Held-out results before and after, for a person."""
+        lines = [f"model saved in {self.model}"]
+        for name in [n for n in self.after if f"{n}_se" in self.after]:
+            ends = " -> ".join(f"{end[name]:.3f} ± {end[f'{name}_se']:.3f}" for end in (self.before, self.after))
+            error = (self.before[f"{name}_se"] ** 2 + self.after[f"{name}_se"] ** 2) ** 0.5
+            gain = self.after[name] - self.before[name]
+            size = f" ({gain / error:+.1f} standard errors)" if error > 0 else ""
+            lines.append(f"held-out {name.removeprefix('eval/')}: {ends}{size}")
+        return "\n".join(lines)
+
+
+class RLStage:
+    """The loop of an online algorithm and what it keeps between steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        workers: Workers,
+        tracker: Tracker,
+        train_prompts: Sequence[Prompt],
+        held_out_prompts: Sequence[Prompt],
+    ) -> None:
+        self.config = config
+        self.workers = workers
+        self.tracker = tracker
+        self.train_prompts = train_prompts
+        self.held_out_prompts = held_out_prompts
+        self.sampler = PromptSampler(len(train_prompts), seed=config.seed)
+        self.ledger = SampleLedger()
+        self.settings = SamplingSettings(
+            config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
+        )
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> Result:
+        """Train to the last step and save the model."""
+        steps = self.config.rl.steps
+        self.workers.rollouts.publish(0)
+        before = after = self._evaluate(0)
+        with Progress(self.config.algorithm.name, steps) as progress:
+            for step in range(1, steps + 1):
+                self._seconds = {}
+                with self._timed("step"):
+                    groups = self._rollout(step)
+                    batch = self._experience(groups)
+                    batch = self._annotate(batch)
+                    batch = self._advantages(batch)
+                    metrics = self._update(batch, step)
+                    metrics |= self.workers.rollouts.publish(step)
+                metrics |= self._measures(groups, batch)
+                progress.step(step, metrics)
+                self._record(step, metrics, groups)
+                if step == steps or self._is_evaluation_step(step):
+                    after = self._evaluate(step)
+        return Result(self._save(), before, after)
+
+    def _rollout(self, step: int) -> list[Group]:
+        """A step's groups, generated and scored."""
+        rl = self.config.rl
+        prompts = [self.train_prompts[i] for i in self.sampler.next(rl.prompts_per_step)]
+        ids = [self.ledger.admit(rl.samples_per_prompt) for _ in prompts]
+        seeds = [sample_seeds(self.config.seed, step, i, count=rl.samples_per_prompt) for i in range(len(prompts))]
+        with self._timed("rollout"):
+            return collect_groups(self.workers, self.tracker, prompts, ids, seeds, self.settings)
+
+    def _experience(self, groups: list[Group]) -> Batch:
+        """The samples that can be trained on; the others leave the ledger with their reason."""
+        for group in groups:
+            for position, reason in group.scores.dropped.items():
+                self.ledger.drop([group.sample_ids[position]], reason)
+        return to_batch(groups)
+
+    def _annotate(self, batch: Batch) -> Batch:
+        """Log-probs of other weights, only where the loss needs them."""
+        if self.workers.reference is not None:
+            with self._timed("reference"):
+                batch = batch.annotate(ref_logp=self.workers.reference.logprobs(batch))
+        if self.config.updates_per_step > 1:
+            with self._timed("old_logp"):
+                batch = batch.annotate(old_logp=self.workers.policy.logprobs(batch))
+        return batch
+
+    def _advantages(self, batch: Batch) -> Batch:
+        """Group-relative advantages (arXiv:2402.03300), computed once on the whole batch."""
+        scores_B = torch.from_numpy(batch.totals).double()
+        advantages_B = group_relative(
+            scores_B, torch.from_numpy(batch.group_ids), scale=self.config.algorithm.advantage_scale
+        )
+        per_token_T = np.repeat(advantages_B.numpy(), batch.seq_lens) * batch.loss_mask
+        return batch.annotate(advantages=per_token_T.astype(np.float32))
+
+    def _update(self, batch: Batch, step: int) -> dict[str, float]:
+        """Optimizer updates of one step; the samples are then settled in the ledger."""
+        with self._timed("update"):
+            metrics = self.workers.policy.update(list(self._minibatches(batch, step)))
+        if step == 1 and self.config.updates_per_step == 1:
+            self._check_first_step(metrics)
+        self.ledger.train(batch.sample_ids)
+        self.ledger.check()
+        return metrics
+
+    def _minibatches(self, batch: Batch, step: int) -> Iterator[Batch]:
+        """Whole groups, shuffled anew each epoch; a single update takes the batch as it is."""
+        if self.config.updates_per_step == 1:
+            yield batch
+            return
+        random = np.random.default_rng([self.config.seed, step])
+        for _ in range(self.config.rl.epochs_per_step):
+            order = random.permutation(np.unique(batch.group_ids))
+            for part in np.array_split(order, self.config.rl.minibatches_per_step):
+                if len(part):
+                    yield batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
+
+    def _check_first_step(self, metrics: dict[str, float]) -> None:
+        """Nothing was learned yet: policy, reference and old policy are the same weights.
+
+        Raises:
+            RuntimeError: they are not; masks, temperatures or weights differ between the actors.
+        """
+        tolerance = FIRST_STEP_TOLERANCE[self.config.dtype]
+        for name in ("policy/kl", "policy/ratio_deviation_max"):
+            value = metrics.get(name, 0.0)
+            if abs(value) > tolerance:
+                raise RuntimeError(f"{name} is {value:.2e} at the first step, not 0 within {tolerance:g}")
+
+    def _measures(self, groups: list[Group], batch: Batch) -> dict[str, float]:
+        """Rewards, lengths and times of a step."""
+        lengths = batch.response_lens
+        generations = [g for group in groups for g in group.generations]
+        spread = [np.ptp(batch.totals[batch.group_ids == g]) for g in np.unique(batch.group_ids)]
+        metrics = {
+            "reward/mean": float(batch.totals.mean()),
+            "reward/std": float(batch.totals.std()),
+            "reward/groups_without_signal": float(np.mean([s == 0 for s in spread])),
+            "rollout/response_length": float(lengths.mean()),
+            "rollout/truncated_fraction": float(np.mean([g.finish_reason == "length" for g in generations])),
+            "rollout/samples_dropped": float(len(generations) - len(batch)),
+            "rollout/tokens": float(len(batch.tokens)),
+            "time/tokens_per_second": len(batch.tokens) / self._seconds["step"],
+        }
+        for name, values in batch.rewards.items():
+            if not np.isnan(values).all():
+                metrics |= {f"reward/{name}/mean": float(np.nanmean(values))}
+                metrics |= {f"reward/{name}/std": float(np.nanstd(values))}
+        return metrics | {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+
+    def _record(self, step: int, metrics: dict[str, float], groups: list[Group]) -> None:
+        """Write a step's metrics and some of its samples."""
+        self.tracker.log(step, metrics)
+        rows = [
+            {
+                "prompt": group.prompt.prompt,
+                "completion": generation.text,
+                "reward": None if i in group.scores.dropped else float(group.scores.totals[i]),
+                "finish_reason": generation.finish_reason,
+                "sample_id": group.sample_ids[i],
+            }
+            for group in groups
+            for i, generation in enumerate(group.generations)
+        ]
+        self.tracker.samples(step, rows[: self.config.tracking.samples_per_step])
+
+    def _is_evaluation_step(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return every > 0 and step % every == 0
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if not self.held_out_prompts:
+            return {}
+        metrics = evaluate(self.config, self.workers, self.tracker, self.held_out_prompts, step)
+        self.tracker.log(step, metrics)
+        shown = [
+            f"{name} {metrics[f'eval/{name}']:.3f} ± {metrics[f'eval/{name}_se']:.3f}"
+            for name in ("reward", "pass@1", f"pass@{self.config.evaluation.samples_per_prompt}")
+            if f"eval/{name}" in metrics
+        ]
+        self.tracker.note(f"held-out, step {step}: {', '.join(dict.fromkeys(shown))}")
+        return metrics
+
+    def _save(self) -> Path:
+        folder = self.config.run_dir.absolute() / "model"
+        self.workers.policy.save(folder)
+        return folder
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - start

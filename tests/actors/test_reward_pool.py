@@ -1,0 +1,435 @@
+"""Reward functions in processes: failures of every kind are incidents with a deadline, never a hang or a silent 0."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.reward_pool import RewardPool, Scores
+from engine.config import RewardsConfig, UserError
+from engine.rewards.contract import RewardError, Row, Sample
+
+USER_FILE = '''
+import asyncio, math, os, signal, subprocess, sys, time
+from pathlib import Path
+
+def good(sample): return float(sample.completion == sample.row.answer)
+def raising(sample): raise ValueError(f"no idea about {sample.completion}")
+def exiting(sample): sys.exit(4)
+def nan(sample): return math.nan
+def opinion(sample): return None if sample.completion == "skip" else 1.0
+def parts(sample): return {"format": 0.25, "answer": 1.0} if sample.completion != "skip" else {"other": 2.0}
+def steps(sample): return [0.5, 0.25]
+def huge(sample): return 3e38
+async def later(sample):
+    await asyncio.sleep(0.01)
+    return 1.0
+
+class Strange(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+
+def unpicklable(sample): raise Strange("strange", lambda: 0)
+
+def hanging(sample):
+    if sample.completion == "hang":
+        time.sleep(600)
+    return 1.0
+
+def deaf(sample):
+    """A loop in C that holds the lock and never looks at a signal."""
+    if sample.completion == "hang":
+        return float(sum(1 for _ in [0]) + max(range(10**12)))
+    return 1.0
+
+def with_child(sample):
+    child = subprocess.Popen(["sleep", "600"])
+    Path("child.pid").write_text(str(child.pid))
+    time.sleep(600)
+
+def dying(sample):
+    if sample.completion == "exit":
+        os._exit(3)
+    if sample.completion == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.0
+
+def second_try(sample):
+    mark = Path(f"seen-{sample.id}")
+    if not mark.exists():
+        mark.touch()
+        raise RuntimeError("the first time")
+    return 1.0
+
+def worker(sample):
+    heavy = {"torch", "ray", "vllm", "transformers", "pytest"} & set(sys.modules)
+    assert not heavy, heavy
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    return os.getpid()
+
+def slow(sample):
+    time.sleep(0.3)
+    return float(sample.id)
+
+# the batch contract, as written for TRL
+def length_reward(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+def match(completions, answer, **kwargs):
+    return [1.0 if c == a else 0.0 for c, a in zip(completions, answer)]
+
+def one_bad(completions, **kwargs):
+    return [math.nan if c == "nan" else 1.0 for c in completions]
+
+def wrong_length(completions): return [1.0]
+def batch_hanging(completions): time.sleep(600)
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the user's file in it."""
+    (tmp_path / "mine.py").write_text(USER_FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def pool(*functions: str | dict[str, Any], **settings: Any) -> Iterator[RewardPool]:
+    named = [{"function": f"mine.py:{f}"} if isinstance(f, str) else f for f in functions]
+    running = RewardPool(RewardsConfig.model_validate({"functions": named, "retries": 0, **settings}))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+def entry(function: str, **settings: Any) -> dict[str, Any]:
+    return {"function": f"mine.py:{function}", **settings}
+
+
+def samples(*completions: str, answer: str = "42") -> list[Sample]:
+    return [Sample(100 + i, "6 * 7 = ?", c, Row({"answer": answer})) for i, c in enumerate(completions)]
+
+
+def score_once(*functions: str | dict[str, Any], of: tuple[str, ...] = ("42", "41"), **settings: Any) -> Scores:
+    with pool(*functions, **settings) as running:
+        return running.score(samples(*of))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def becomes_true(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_components_are_weighted_and_summed() -> None:
+    scores = score_once("good", entry("length_reward", weight=0.5), entry("later", weight=-1.0))
+    assert {name: values.tolist() for name, values in scores.components.items()} == {
+        "good": [1.0, 0.0],
+        "length_reward": [2.0, 2.0],
+        "later": [1.0, 1.0],
+    }
+    assert scores.totals.tolist() == [1.0, 0.0]
+    assert scores.totals.dtype == scores.components["good"].dtype == np.float32
+    assert (scores.dropped, scores.incidents) == ({}, [])
+
+
+def test_a_function_written_for_trl_runs_unchanged() -> None:
+    assert score_once("match").totals.tolist() == [1.0, 0.0]
+
+
+def test_named_parts_are_logged_beside_their_sum_and_counted_once() -> None:
+    scores = score_once(entry("parts", name="p", weight=2.0), "steps", of=("42", "skip"))
+    np.testing.assert_array_equal(scores.components["p"], [1.25, 2.0])
+    np.testing.assert_array_equal(scores.components["p/format"], [0.25, math.nan])
+    np.testing.assert_array_equal(scores.components["p/other"], [math.nan, 2.0])
+    np.testing.assert_array_equal(scores.totals, [2.5 + 0.75, 4.0 + 0.75])
+
+
+def test_no_opinion_leaves_the_sum_and_a_sample_without_any_is_dropped() -> None:
+    scores = score_once("opinion", of=("42", "skip"))
+    np.testing.assert_array_equal(scores.totals, [1.0, math.nan])
+    assert (scores.dropped, scores.incidents) == ({1: "no_reward"}, [])
+    assert score_once("opinion", "steps", of=("42", "skip")).totals.tolist() == [1.75, 0.75]
+
+
+def test_no_samples_have_no_scores() -> None:
+    scores = score_once("good", "length_reward", of=())
+    assert (len(scores.totals), scores.dropped, scores.incidents) == (0, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raising", "ValueError: no idea about 42 (FOLDER/mine.py:6)"),
+        ("exiting", "SystemExit: 4 (FOLDER/mine.py:7)"),
+        ("nan", "returned nan; a reward must be finite (None means no opinion)"),
+        ("unpicklable", "Strange: strange (FOLDER/mine.py:21)"),
+    ],
+)
+def test_a_failure_is_an_incident_with_its_place_and_drops_the_sample(
+    function: str, message: str, folder: Path
+) -> None:
+    scores = score_once(function, "steps", of=("42",))
+    assert scores.incidents == [
+        {
+            "kind": "reward_error",
+            "function": function,
+            "sample_id": 100,
+            "attempt": 1,
+            "message": message.replace("FOLDER", str(folder)),
+        }
+    ]
+    assert scores.dropped == {0: "reward_error"}
+    assert math.isnan(scores.totals[0])
+    assert math.isnan(scores.components[function][0])
+    assert scores.components["steps"][0] == 0.75
+
+
+@pytest.mark.parametrize("function", ["hanging", "deaf"])
+def test_a_hanging_sample_ends_at_its_deadline_and_the_others_are_scored(function: str) -> None:
+    with pool(entry(function, timeout=0.6)) as running:
+        start = time.monotonic()
+        scores = running.score(samples("a", "hang", "b", "c"))
+        assert time.monotonic() - start < 10
+    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1, 1])
+    assert scores.dropped == {1: "reward_timeout"}
+    assert [(i["kind"], i["sample_id"]) for i in scores.incidents] == [("reward_timeout", 101)]
+    assert scores.incidents[0]["message"] == "took longer than 0.6 s"
+
+
+def test_the_deadline_counts_from_the_start_of_the_call_not_of_the_queue() -> None:
+    scores = score_once(entry("slow", timeout=1.0), of=("a",) * 5)
+    assert scores.dropped == {}
+
+
+def test_what_a_late_function_had_started_ends_with_it(folder: Path) -> None:
+    scores = score_once(entry("with_child", timeout=1.0), of=("a",))
+    assert scores.dropped == {0: "reward_timeout"}
+    assert becomes_true(lambda: not alive(int((folder / "child.pid").read_text())))
+
+
+@pytest.mark.parametrize(("way", "reason"), [("exit", "exit code 3"), ("segfault", "killed by SIGSEGV")])
+def test_a_dying_worker_is_an_incident_and_is_replaced(way: str, reason: str) -> None:
+    with pool("dying") as running:
+        scores = running.score(samples("a", way, "b"))
+        again = running.score(samples("c"))
+    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1])
+    assert scores.dropped == {1: "reward_error"}
+    assert scores.incidents[-1]["message"] == f"the worker process died ({reason})"
+    assert again.totals.tolist() == [1.0]
+
+
+def test_workers_that_are_killed_while_they_wait_are_replaced() -> None:
+    with pool("worker") as running:
+        os.kill(int(running.score(samples("a")).totals[0]), signal.SIGKILL)
+        time.sleep(0.5)
+        assert running.score(samples("b", "c")).dropped == {}
+
+
+def test_a_failed_call_is_repeated() -> None:
+    scores = score_once("second_try", retries=1)
+    assert scores.totals.tolist() == [1.0, 1.0]
+    assert [(i["attempt"], i["sample_id"]) for i in scores.incidents] == [(1, 100), (1, 101)]
+    assert scores.dropped == {}
+
+
+def test_each_failed_attempt_is_counted() -> None:
+    scores = score_once("raising", of=("42",), retries=2)
+    assert [i["attempt"] for i in scores.incidents] == [1, 2, 3]
+
+
+def test_on_error_fail_stops_with_function_sample_and_place() -> None:
+    message = r"'raising' failed on sample 100 .*no idea about a .*mine.py:6"
+    with pool(entry("raising", on_error="fail"), "slow") as running, pytest.raises(RewardError, match=message):
+        running.score(samples("a"))
+
+
+def test_a_batch_function_drops_only_the_samples_whose_reward_is_bad() -> None:
+    scores = score_once("one_bad", of=("a", "nan", "b"), retries=1)
+    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1])
+    assert scores.dropped == {1: "reward_error"}
+    assert [(i["sample_id"], i["attempt"]) for i in scores.incidents] == [(101, 1), (101, 2)]
+
+
+def test_a_failed_batch_call_is_one_incident_and_drops_its_samples() -> None:
+    scores = score_once("wrong_length", "steps", of=("a", "b"))
+    assert scores.dropped == {0: "reward_error", 1: "reward_error"}
+    assert [i["sample_id"] for i in scores.incidents] == [None]
+    assert "returned 1 rewards for 2 samples" in scores.incidents[0]["message"]
+
+
+def test_a_hanging_batch_function_ends_at_its_deadline() -> None:
+    scores = score_once(entry("batch_hanging", timeout=0.5))
+    assert scores.dropped == {0: "reward_timeout", 1: "reward_timeout"}
+
+
+def test_a_function_that_never_succeeds_stops_the_run() -> None:
+    with pool("raising", "good", stop_after_failures=3) as running:
+        assert running.score(samples("a", "b")).dropped == {0: "reward_error", 1: "reward_error"}
+        with pytest.raises(RewardError, match=r"'raising' has failed on 3 samples without one success .*no idea about"):
+            running.score(samples("c"))
+
+
+def test_one_success_keeps_a_function_that_often_fails() -> None:
+    with pool("dying", stop_after_failures=2) as running:
+        running.score(samples("a"))
+        assert len(running.score(samples("exit", "exit", "exit")).dropped) == 3
+
+
+def test_a_sum_beyond_float32_is_dropped_with_its_reason() -> None:
+    scores = score_once(entry("huge", weight=100.0), of=("a",))
+    assert scores.dropped == {0: "reward_overflow"}
+    assert math.isnan(scores.totals[0])
+
+
+def test_workers_are_light_and_use_one_thread() -> None:
+    assert score_once("worker", of=("a",)).incidents == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def other(sample): return 1", r"mine.py has no 'score'; it defines other"),
+        ("import no_such_package", r"importing mine.py failed: ModuleNotFoundError.*mine.py:1"),
+        ("def score(a, b): return 1", r"must take one sample"),
+        ("import os\nos._exit(1)", r"the process that imports the reward functions dies"),
+    ],
+)
+def test_mistakes_in_the_users_file_surface_at_the_start(folder: Path, code: str, message: str) -> None:
+    (folder / "mine.py").write_text(code + "\n")
+    with pytest.raises(UserError, match=message):
+        RewardPool(RewardsConfig.model_validate({"functions": ["mine.py:score"]})).start()
+
+
+def test_a_file_that_hangs_while_importing_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.reward_pool.START_DEADLINE", 2.0)
+    (folder / "mine.py").write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(UserError, match="importing the reward functions took longer than 2 s"):
+        RewardPool(RewardsConfig.model_validate({"functions": ["mine.py:score"]})).start()
+
+
+def test_several_threads_score_at_once_and_get_their_own_samples() -> None:
+    results: dict[int, list[float]] = {}
+    with pool("slow", "match", workers=2) as running:
+
+        def work(k: int) -> None:
+            own = [Sample(10 * k + i, "q", "42", Row({"answer": "42"})) for i in range(3)]
+            results[k] = running.score(own).components["slow"].tolist()
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        elapsed = time.monotonic() - start
+    assert results == {k: [10 * k + i for i in range(3)] for k in range(4)}
+    assert elapsed < 12 * 0.3, "two workers share the twelve calls"
+
+
+def test_closing_while_scoring_ends_the_wait() -> None:
+    caught: list[BaseException] = []
+    with pool("hanging") as running:
+
+        def work() -> None:
+            try:
+                running.score(samples("hang"))
+            except RuntimeError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.5)
+        running.close()
+        thread.join(timeout=10)
+    assert [str(error) for error in caught] == ["the reward pool is closed"]
+
+
+def test_close_ends_every_process_and_can_be_repeated() -> None:
+    with pool("worker", workers=2) as running:
+        pids = {int(p) for p in running.score(samples(*"abcdefgh")).totals}
+        assert all(alive(pid) for pid in pids)
+        running.close()
+        assert not any(alive(pid) for pid in pids)
+        running.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            running.score(samples("a"))
+
+
+PARENT = """
+import sys, threading, time
+from actors.reward_pool import RewardPool
+from engine.config import RewardsConfig
+from engine.rewards.contract import Row, Sample
+
+print("main", flush=True)  # an unguarded script: a worker that ran it again would say so
+pool = RewardPool(RewardsConfig.model_validate({"functions": ["mine.py:worker", "mine.py:hanging"], "workers": 2}))
+pool.start()
+made = []
+thread = threading.Thread(target=lambda: made.append(pool.score([Sample(0, "q", "a", Row({}))])))
+thread.start()
+thread.join()  # the thread that scored first is gone; the workers must not be
+time.sleep(0.5)
+again = pool.score([Sample(i, "q", "a", Row({})) for i in range(8)])
+assert not again.incidents, again.incidents
+print(*{int(p) for p in again.components["worker"]}, flush=True)
+ENDING
+"""
+
+
+def start_parent(folder: Path, ending: str) -> tuple[subprocess.Popen[str], list[int]]:
+    (folder / "parent.py").write_text(textwrap.dedent(PARENT).replace("ENDING", ending))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "main\n"
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert pids, parent.communicate()[1]
+    return parent, pids
+
+
+def test_no_worker_outlives_a_killed_parent(folder: Path) -> None:
+    hang = 'threading.Thread(target=pool.score, args=([Sample(9, "q", "hang", Row({}))],)).start(); time.sleep(600)'
+    parent, pids = start_parent(folder, hang)
+    time.sleep(0.5)
+    assert all(alive(pid) for pid in pids)
+    parent.kill()
+    out, err = parent.communicate(timeout=30)
+    assert becomes_true(lambda: not any(alive(pid) for pid in pids))
+    assert out == ""
+    assert "Traceback" not in err, err
+
+
+def test_a_parent_that_forgets_to_close_still_ends_quietly(folder: Path) -> None:
+    parent, pids = start_parent(folder, "")
+    out, err = parent.communicate(timeout=30)
+    assert (parent.returncode, out, err) == (0, "", "")
+    assert becomes_true(lambda: not any(alive(pid) for pid in pids))

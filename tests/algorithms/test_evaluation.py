@@ -1,0 +1,76 @@
+"""pass@k and standard errors against enumeration and plain formulas."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.algorithms.evaluation import mean_and_standard_error, pass_at_k
+
+
+@given(n=st.integers(1, 7), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_pass_at_k_is_the_share_of_draws_with_a_passing_sample(n, data):
+    passed, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    draws = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
+    assert pass_at_k([n], [passed], k)[0] == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_one_is_the_mean_pass_rate_with_its_error_across_prompts():
+    mean, error = pass_at_k(np.array([4, 4, 8]), np.array([1, 4, 4]), 1)
+    rates = [0.25, 1.0, 0.5]
+    assert mean == pytest.approx(statistics.fmean(rates))
+    assert error == pytest.approx(statistics.stdev(rates) / math.sqrt(3))
+
+
+def test_pass_at_all_samples_asks_whether_any_passed():
+    assert pass_at_k([3, 3], [0, 1], 3)[0] == 0.5
+
+
+def test_many_samples_neither_overflow_nor_lose_precision():
+    assert pass_at_k([100_000], [1], 10)[0] == pytest.approx(1e-4, rel=1e-12)
+
+
+@given(order=st.permutations(range(4)))
+@settings(max_examples=10, deadline=None)
+def test_the_order_of_prompts_does_not_matter(order):
+    samples, passed = np.array([5, 6, 7, 8]), np.array([0, 3, 7, 1])
+    assert pass_at_k(samples[order], passed[order], 2) == pytest.approx(pass_at_k(samples, passed, 2))
+
+
+@pytest.mark.parametrize(
+    ("samples", "passed", "k", "message"),
+    [
+        ([], [], 1, "nothing to average"),
+        ([4, 2], [1, 1], 3, "one has 2"),
+        ([4], [1], 0, "pass@0"),
+        ([4], [5], 1, "5 of 4"),
+        ([4], [-1], 1, "-1 of 4"),
+        ([4, 4], [1], 1, "2 prompts"),
+    ],
+)
+def test_impossible_counts_are_refused(samples, passed, k, message):
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(samples, passed, k)
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+@settings(max_examples=30, deadline=None)
+def test_mean_and_standard_error_agree_with_their_definition(values):
+    mean, error = mean_and_standard_error(values)
+    assert mean == pytest.approx(statistics.fmean(values), rel=1e-9, abs=1e-9)
+    assert error == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), rel=1e-6, abs=1e-6)
+
+
+def test_the_error_of_one_value_is_unknown_and_of_none_refused():
+    mean, error = mean_and_standard_error([2.5])
+    assert mean == 2.5
+    assert math.isnan(error)
+    with pytest.raises(ValueError, match="nothing to average"):
+        mean_and_standard_error(np.zeros(0))

@@ -1,0 +1,169 @@
+"""Chunked log-probs against log_softmax: values, gradients, memory, and one gradient per parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.algorithms.logprobs import token_logprobs
+
+V, H = 11, 4
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_T = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=generator).to(dtype).requires_grad_()
+    return hidden_T, weight, torch.randint(V, (tokens,), generator=generator)
+
+
+def whole(hidden_T, weight, targets_T, temperature):
+    distribution = torch.log_softmax(hidden_T @ weight.T / temperature, -1)
+    entropy_T = -(distribution.exp() * distribution).sum(-1)
+    return distribution[torch.arange(len(targets_T)), targets_T], entropy_T.detach()
+
+
+@given(tokens=st.integers(0, 9), chunk=st.integers(1, 12), temperature=st.floats(0.2, 3))
+@settings(max_examples=30, deadline=None)
+def test_values_and_gradients_are_those_of_the_whole_matrix(tokens, chunk, temperature):
+    hidden_T, weight, targets_T = inputs(tokens)
+    got = token_logprobs(hidden_T, weight, targets_T, temperature=temperature, chunk_tokens=chunk)
+    expected = whole(hidden_T, weight, targets_T, temperature)
+    torch.testing.assert_close(got, expected)
+    upstream_T = torch.linspace(-1, 2, tokens, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(got[0], (hidden_T, weight), upstream_T),
+        torch.autograd.grad(expected[0], (hidden_T, weight), upstream_T),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradients_agree_with_finite_differences(temperature):
+    hidden_T, weight, targets_T = inputs(5)
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logprobs(h, w, targets_T, temperature=temperature, chunk_tokens=2)[0], (hidden_T, weight)
+    )
+
+
+def test_each_input_gets_one_gradient_however_many_chunks_there_are():
+    hidden_T, weight, targets_T = inputs(9)
+    arrivals = []
+    weight.register_hook(lambda grad: arrivals.append("weight"))
+    hidden_T.register_hook(lambda grad: arrivals.append("hidden"))
+    token_logprobs(hidden_T, weight, targets_T, chunk_tokens=2)[0].sum().backward()
+    assert sorted(arrivals) == ["hidden", "weight"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_logits_never_exist_for_more_than_one_chunk():
+    tokens, vocabulary, chunk = 64, 50, 4
+    hidden_T = torch.randn(tokens, 3, requires_grad=True)
+    weight = torch.randn(vocabulary, 3, requires_grad=True)
+    targets_T = torch.zeros(tokens, dtype=torch.int64)
+    with LargestTensor() as largest:
+        token_logprobs(hidden_T, weight, targets_T, chunk_tokens=chunk)[0].sum().backward()
+    assert largest.elements == chunk * vocabulary
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "none"])
+def test_only_the_inputs_that_want_a_gradient_get_one(wanted):
+    hidden_T, weight, targets_T = inputs(6)
+    expected = torch.autograd.grad(whole(hidden_T, weight, targets_T, 1.0)[0].sum(), (hidden_T, weight))
+    hidden_T.requires_grad_(wanted == "hidden")
+    weight.requires_grad_(wanted == "weight")
+    logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, chunk_tokens=4)
+    assert logp_T.requires_grad == (wanted != "none")
+    assert not entropy_T.requires_grad
+    if wanted != "none":
+        logp_T.sum().backward()
+        for name, tensor, grad in zip(("hidden", "weight"), (hidden_T, weight), expected, strict=True):
+            if name == wanted:
+                torch.testing.assert_close(tensor.grad, grad)
+            else:
+                assert tensor.grad is None
+
+
+def test_no_token_at_all_still_gives_the_weight_a_zero_gradient():
+    hidden_T, weight, targets_T = inputs(0)
+    logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T)
+    logp_T.sum().backward()
+    assert logp_T.shape == entropy_T.shape == (0,)
+    assert torch.equal(weight.grad, torch.zeros(V, H, dtype=torch.float64))
+
+
+def test_bfloat16_inputs_are_computed_in_float32_and_get_bfloat16_gradients():
+    hidden_T, weight, targets_T = inputs(7, torch.bfloat16)
+    got = token_logprobs(hidden_T, weight, targets_T, temperature=0.7, chunk_tokens=3)
+    exact_hidden_T = hidden_T.detach().float().requires_grad_()
+    exact_weight = weight.detach().float().requires_grad_()
+    expected = whole(exact_hidden_T, exact_weight, targets_T, 0.7)
+    assert {t.dtype for t in got} == {torch.float32}
+    torch.testing.assert_close(got, expected)
+    got[0].sum().backward()
+    expected[0].sum().backward()
+    assert hidden_T.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert torch.equal(hidden_T.grad, exact_hidden_T.grad.bfloat16())
+    torch.testing.assert_close(weight.grad, exact_weight.grad.bfloat16(), rtol=8e-3, atol=1e-3)
+
+
+def test_autocast_does_not_lower_the_precision():
+    hidden_T, weight, targets_T = inputs(7, torch.float32)
+    expected = token_logprobs(hidden_T, weight, targets_T)
+    expected_grads = torch.autograd.grad(expected[0].sum(), (hidden_T, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = token_logprobs(hidden_T, weight, targets_T)
+        grads = torch.autograd.grad(got[0].sum(), (hidden_T, weight))
+    assert all(map(torch.equal, (*got, *grads), (*expected, *expected_grads)))
+
+
+def test_the_weight_may_be_released_between_forward_and_backward():
+    hidden_T, weight, targets_T = inputs(5)
+    expected = torch.autograd.grad(whole(hidden_T, weight, targets_T, 1.0)[0].sum(), weight)[0]
+    logp_T, _ = token_logprobs(hidden_T, weight, targets_T)
+    gathered = weight.data
+    weight.data = torch.empty(0, dtype=torch.float64)  # what ZeRO-3 does after the module's forward ...
+    weight.data = gathered.clone()  # ... and before its backward
+    gathered.fill_(float("nan"))
+    torch.testing.assert_close(torch.autograd.grad(logp_T.sum(), weight)[0], expected)
+
+
+def test_extreme_logits_stay_finite_and_inputs_are_left_alone():
+    hidden_T, weight, targets_T = inputs(5, torch.float32)
+    hidden_T = (hidden_T.detach() * 1e4).requires_grad_()
+    before = [t.detach().clone() for t in (hidden_T, weight, targets_T)]
+    logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, temperature=0.5)
+    logp_T.sum().backward()
+    assert logp_T.isfinite().all()
+    assert entropy_T.isfinite().all()
+    assert (entropy_T >= 0).all()
+    assert hidden_T.grad.isfinite().all()
+    assert all(torch.equal(a.detach(), b) for a, b in zip((hidden_T, weight, targets_T), before, strict=True))
+
+
+def test_what_cannot_be_computed_is_refused():
+    hidden_T, weight, targets_T = inputs(3)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            token_logprobs(hidden_T, weight, targets_T, temperature=temperature)
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        token_logprobs(hidden_T, weight, targets_T, chunk_tokens=0)
+    with pytest.raises(ValueError, match="one target per token"):
+        token_logprobs(hidden_T, weight, targets_T[:2])
+    with pytest.raises(ValueError, match="weight"):
+        token_logprobs(hidden_T, weight.T, targets_T)
