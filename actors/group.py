@@ -124,9 +124,9 @@ class WorkerGroup:
         concurrency: int = 1,
     ) -> None:
         """Starts one actor per slot with its own constructor arguments; `wait_ready` tells when they are up."""
-        remote = ray.remote(actor_class)
+        remote: Any = ray.remote(actor_class)
         self.name = name
-        self.actors = [
+        self.actors: list[Any] = [
             remote.options(
                 **slots.options(rank), runtime_env={"env_vars": dict(env)}, max_concurrency=concurrency
             ).remote(*args)
@@ -180,7 +180,7 @@ class Split:
         return [[self.batch.select(samples) for samples in share] for share in self.plan]
 
     def merge(self, results: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """[R] values of the trained tokens of each rank's micro-batches -> [T] in the batch's own order, 0 elsewhere."""
+        """[R] values of each rank's micro-batches -> [T] in the batch's own order, 0 on tokens that are not trained."""
         merged_T = np.zeros(len(self.batch.tokens), np.float32)
         ends = np.cumsum(self.batch.seq_lens)
         for share, values in zip(self.plan, results, strict=True):

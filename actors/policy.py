@@ -150,9 +150,8 @@ class PolicyActor:
             outside_T = (ratio_T < 1 - algorithm.clip_low) & (advantages_T < 0)
             outside_T |= (ratio_T > 1 + algorithm.clip_high) & (advantages_T > 0)
             mismatch_T = old_logp_T - rollout_logp_T
-            stats.add(
-                entropy=entropy_T, ratio=ratio_T, clip_fraction=outside_T, mismatch=mismatch_T.abs(), correction=weights_T
-            )
+            stats.add(entropy=entropy_T, ratio=ratio_T, clip_fraction=outside_T)
+            stats.add(mismatch=mismatch_T.abs(), correction=weights_T)
             stats.maximum(mismatch=mismatch_T, ratio_deviation=ratio_T - 1)
         return aggregate(
             loss_T,

@@ -18,8 +18,8 @@ class ReferenceActor:
 
     def __init__(self, config: Config) -> None:
         self.device = torch.device(config.device)
-        model = load_language_model(config).to(self.device).requires_grad_(False).eval()
-        self.module = PackedLogProbs(model, temperature=config.rollout.temperature)
+        module = PackedLogProbs(load_language_model(config), temperature=config.rollout.temperature)
+        self.module = module.to(self.device).requires_grad_(False).eval()
 
     @torch.inference_mode()
     def logprobs(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:

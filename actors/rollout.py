@@ -90,8 +90,8 @@ class RolloutActor:
     def __init__(self, config: Config) -> None:
         self.config = config
         if config.device == "cpu":
-            # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied output
-            # embedding would stay at its old value without an error). Plain weights cost about a tenth of the speed.
+            # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied
+            # output embedding would keep its old value without an error). Plain weights are a tenth slower.
             import vllm._custom_ops as ops
 
             ops._supports_onednn = False
@@ -160,7 +160,7 @@ class RolloutActor:
         loaded = model.load_weights(iter(weights))
         missing = set(known) - loaded if loaded is not None else set()
         if missing:
-            raise RuntimeError(f"the published weights leave {len(missing)} of the engine's tensors stale: {sorted(missing)[:3]}")
+            raise RuntimeError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
 
     def _submit(
         self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], version: int
@@ -209,7 +209,8 @@ class RolloutActor:
 
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
-        for output in self.engine.step():
+        outputs: list[Any] = self.engine.step()
+        for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:
                 continue

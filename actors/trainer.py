@@ -54,7 +54,7 @@ class Trainer:
     def __init__(
         self, config: Config, info: RankInfo, make_module: Callable[[], tuple[PreTrainedModel, nn.Module]], updates: int
     ) -> None:
-        """`make_module` returns the Hugging Face model and the module to run around it; `updates` is the run's total."""
+        """`make_module` returns the Hugging Face model and the module around it; `updates` is the run's total."""
         self.config = config
         self.info = info
         self.device = join_process_group(info, device=config.device, timeout_s=config.timeouts.update)
@@ -104,7 +104,8 @@ class Trainer:
     def _step(self) -> float:
         if self.config.policy.zero_stage == 0 and not self.engine.bfloat16_enabled():
             # Stage 0 in float32 clips inside the engine without telling the norm.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
         else:
             self.engine.step()

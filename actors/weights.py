@@ -43,7 +43,7 @@ class Bucket:
         """Checksum of names, types, shapes and bytes."""
         hasher = xxhash.xxh3_128()
         hasher.update(repr(self.entries).encode())
-        hasher.update(memoryview(self.data))
+        hasher.update(self.data.data)
         return hasher.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,5 +118,5 @@ def receive(snapshot: Snapshot, *, timeout_s: float) -> tuple[list[Bucket], Ack]
     buckets = ray.get(list(snapshot.buckets), timeout=timeout_s)
     checksum = combine(bucket.digest() for bucket in buckets)
     if checksum != snapshot.checksum:
-        raise RuntimeError(f"weights version {snapshot.version} arrived with checksum {checksum}, not {snapshot.checksum}")
+        raise RuntimeError(f"weights version {snapshot.version} has checksum {checksum}, not {snapshot.checksum}")
     return buckets, Ack(snapshot.version, checksum)

@@ -53,15 +53,14 @@ def main() -> None:
     from engine.config import UserError
 
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:  # with standalone_mode off, commands leave by exception
-        sys.exit(stop.exit_code)
+        app()  # always ends in SystemExit or one of the errors below; a KeyboardInterrupt has become exit code 130
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        raise
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(FAILURE)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -59,29 +61,39 @@ def required(roles: list[Role]) -> dict[str, float]:
 def connected(config: Config) -> Iterator[None]:
     """Join the configured cluster, or start one for this run alone and end it afterwards.
 
+    A program that has called `ray.init` itself keeps its own connection.
+
     Raises:
         UserError: the configured cluster cannot be reached.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with contextlib.ExitStack() as stack:
+    try:
         if address is None:
             store = config.ray.object_store_gib
             need = required(roles_of(config))["CPU"]
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, int(-(-need // 1))),  # a laptop's roles take turns on its cores
+                num_cpus=max(os.cpu_count() or 1, math.ceil(need)),  # a laptop's roles take turns on its cores
                 object_store_memory=int(store * 2**30) if store else None,
                 include_dashboard=False,
-                **quiet,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
         else:
-            try:
-                ray.init(address=address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"ray.address: no cluster answers at {address!r}: {error}") from None
-        stack.callback(ray.shutdown)
+            _join(address)
         yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"ray.address: no cluster answers at {address!r}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -96,7 +108,9 @@ def started_workers(config: Config) -> Iterator[Workers]:
     with contextlib.ExitStack() as stack:
         slots = stack.enter_context(_placed(config))
 
-        def start(name: str, actor_class: type, arguments: list, env: dict[str, str], concurrency: int = 1) -> WorkerGroup:
+        def start(
+            name: str, actor_class: type, arguments: list[tuple[Any, ...]], env: dict[str, str], concurrency: int = 1
+        ) -> WorkerGroup:
             group = WorkerGroup(name, actor_class, slots[name], arguments=arguments, env=env, concurrency=concurrency)
             stack.callback(group.kill)
             return group
@@ -110,8 +124,8 @@ def started_workers(config: Config) -> Iterator[Workers]:
             concurrency=1024,
         )
         timeout_s = config.timeouts.start
-        pool.wait_ready(timeout_s)
         stack.callback(_close_pool, pool)
+        pool.call("start", timeout_s=timeout_s)
         infos = rendezvous(slots["policy"], config.timeouts.place)
         policy = start(
             "policy",
@@ -152,8 +166,9 @@ def _placed(config: Config) -> Iterator[dict[str, Slots]]:
     try:
         if not placement.wait(config.timeouts.place):
             raise UserError(
-                f"ray: the cluster did not free {required(roles)} within {config.timeouts.place:.0f} s; free now: "
-                f"{_shown(ray.available_resources())}. Wait for other jobs, or lower ranks, engines or ray.cpus_per_rank"
+                f"ray: the cluster did not free {_shown(required(roles))} within {config.timeouts.place:.0f} s; "
+                f"free now: {_shown(ray.available_resources())}; "
+                "wait for other jobs, or lower ranks, engines or ray.cpus_per_rank"
             )
         firsts = [sum(r.ranks for r in roles[:i]) for i in range(len(roles))]
         yield {r.name: Slots(placement, first, r.ranks, r.resources) for r, first in zip(roles, firsts, strict=True)}
@@ -173,7 +188,7 @@ def _check_fits(roles: list[Role]) -> None:
 
 
 def _shown(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
+    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
 
 
 def _close_pool(pool: WorkerGroup) -> None:
@@ -190,9 +205,7 @@ def _with_absolute_paths(config: Config) -> Config:
     for entry in config.rewards.functions:
         file, colon, name = entry.function.rpartition(":")
         if file.endswith(".py"):
-            entry = entry.model_copy(
-                update={"function": f"{Path(file).absolute()}{colon}{name}", "name": entry.name}
-            )
+            entry = entry.model_copy(update={"function": f"{Path(file).absolute()}{colon}{name}", "name": entry.name})
         functions.append(entry)
     rewards = config.rewards.model_copy(update={"functions": functions})
     return config.model_copy(update={"model": model, "rewards": rewards})

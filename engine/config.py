@@ -149,9 +149,9 @@ class AlgorithmConfig(Section):
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of negative advantages (arXiv:1912.09729)."""
-    loss_aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-    ] = "seq-mean-token-mean"
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "seq-mean-token-mean"
+    )
     """How per-token losses become one number; denominators are global."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL to the starting policy in the loss; 0 starts no reference model."""
@@ -420,6 +420,20 @@ class Config(Section):
         return self.rl.minibatches_per_step * self.rl.epochs_per_step
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which a key that is given twice is an error (PyYAML silently takes the last)."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A mapping's node, once its keys are known to differ."""
+        node: Any = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} is given twice; keep one", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), check everything.
 
@@ -428,13 +442,18 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a YAML configuration") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        place = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else f"{path}"
+        raise ConfigError(f"{place}: is not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -462,7 +481,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
 

@@ -1,4 +1,4 @@
-"""A private token for the Ray cluster that a run starts for itself. Imports no Ray, which reads its settings when loaded.
+"""A private token for the Ray cluster that a run starts for itself. Imports no Ray, which reads it when loaded.
 
 Left alone, Ray writes a token into the home folder at the first local start, and from then on its own commands and
 clients fail against clusters that expect it.
@@ -18,7 +18,9 @@ _folder: tempfile.TemporaryDirectory[str] | None = None
 def use_private_token() -> None:
     """Give this process and its cluster a token of their own, gone at exit, unless the user or a loaded Ray decided."""
     global _folder
-    decided = any(name in os.environ for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    decided = any(
+        name in os.environ for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    )
     if decided or "ray" in sys.modules:
         return
     _folder = tempfile.TemporaryDirectory(prefix="gnomon-ray-")

@@ -56,7 +56,7 @@ class Batch:
         """[B] int64: trained tokens of each sample."""
         return np.add.reduceat(self.loss_mask, self._starts(), dtype=np.int64) if len(self) else np.zeros(0, np.int64)
 
-    def select(self, samples: Sequence[int]) -> Batch:
+    def select(self, samples: Sequence[int] | np.ndarray) -> Batch:
         """The samples at these positions, in this order."""
         index_B = np.asarray(samples, dtype=np.int64)
         spans = [np.arange(s, s + n) for s, n in zip(self._starts()[index_B], self.seq_lens[index_B], strict=True)]

@@ -62,6 +62,7 @@ class SampleLedger:
     def _settle(self, sample_ids: Iterable[int]) -> int:
         ids = [int(i) for i in sample_ids]
         unknown = [i for i in ids if i not in self._in_flight]
-        assert not unknown and len(set(ids)) == len(ids), f"samples settled twice or never admitted: {unknown or ids}"
+        assert not unknown, f"samples settled before, or never admitted: {unknown}"
+        assert len(set(ids)) == len(ids), f"samples settled twice at once: {ids}"
         self._in_flight.difference_update(ids)
         return len(ids)

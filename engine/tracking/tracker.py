@@ -18,6 +18,8 @@ from engine.tracking.wandb_run import WandbRun, check_login
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
 """How a run can end, and the exit code that says so."""
+RECORDS = {"config.yaml", "metrics.jsonl", "events.jsonl", "wandb"}
+"""What a run's folder holds before its first measurement."""
 
 
 class Tracker:
@@ -25,6 +27,9 @@ class Tracker:
 
     def __init__(self, config: Config) -> None:
         """Make the run's folder and open its records; on any failure nothing is left behind.
+
+        The records of a run of this name that ended before its first measurement (a reward function that always
+        failed, a cluster that was too small) are replaced; any other run's are never touched.
 
         Raises:
             UserError: the folder holds something already or cannot be made, or wandb cannot start.
@@ -100,6 +105,8 @@ def _make_empty(folder: Path) -> list[Path]:
     Raises:
         UserError: it is not empty, is a file, or cannot be made or written.
     """
+    if _ended_unmeasured(folder):
+        _remove(folder, [])
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} already holds a run; choose another name= or delete it")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -114,6 +121,20 @@ def _make_empty(folder: Path) -> list[Path]:
     if not empty:
         raise UserError(f"{folder} is not empty; choose another name= or delete it")
     return made
+
+
+def _ended_unmeasured(folder: Path) -> bool:
+    """Whether the folder holds nothing but a run that is over and wrote no metrics: nobody can miss it.
+
+    A run that is still starting has no metrics either, so its last event decides.
+    """
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - RECORDS:
+        return False
+    metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
+    if not metrics.is_file() or metrics.stat().st_size or not events.is_file():
+        return False
+    last = events.read_text(encoding="utf-8").splitlines()[-1:]
+    return bool(last) and '"kind": "run_ended"' in last[0]
 
 
 def _remove(folder: Path, made: list[Path]) -> None:

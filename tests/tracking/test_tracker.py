@@ -61,11 +61,38 @@ def test_the_configuration_written_is_resolved_loads_again_and_holds_no_secret(t
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
-    Tracker(config_for(tmp_path)).close("succeeded")
+    tracker = Tracker(config_for(tmp_path))
+    tracker.log(0, {"reward/mean": 0.5})
+    tracker.close("failed")
     before = {p: p.read_bytes() for p in (tmp_path / "r1").rglob("*")}
     with pytest.raises(UserError, match="r1 already holds a run; choose another name= or delete it"):
         Tracker(config_for(tmp_path))
     assert {p: p.read_bytes() for p in (tmp_path / "r1").rglob("*")} == before
+
+
+def test_a_run_that_ended_before_its_first_measurement_does_not_block_the_next(tmp_path: Path) -> None:
+    failed = Tracker(config_for(tmp_path, tracking={"wandb": "offline"}))
+    failed.event("reward_error", message="the old failure")
+    failed.close("failed")
+    Tracker(config_for(tmp_path)).close("succeeded")
+    events = lines(tmp_path / "r1" / "events.jsonl")
+    assert [e["kind"] for e in events] == ["run_started", "run_ended"]
+    assert sorted(p.name for p in (tmp_path / "r1").iterdir()) == ["config.yaml", "events.jsonl", "metrics.jsonl"]
+
+
+def test_a_run_that_has_not_ended_is_refused_even_without_a_measurement(tmp_path: Path) -> None:
+    starting = Tracker(config_for(tmp_path))
+    with pytest.raises(UserError, match="already holds a run"):
+        Tracker(config_for(tmp_path))
+    starting.close("failed")
+
+
+def test_a_file_of_somebody_else_keeps_a_run_without_a_measurement_from_being_replaced(tmp_path: Path) -> None:
+    Tracker(config_for(tmp_path)).close("failed")
+    (tmp_path / "r1" / "notes.txt").write_text("why it failed")
+    with pytest.raises(UserError, match="already holds a run"):
+        Tracker(config_for(tmp_path))
+    assert (tmp_path / "r1" / "notes.txt").read_text() == "why it failed"
 
 
 def test_a_folder_with_other_files_is_refused_and_an_empty_one_accepted(tmp_path: Path) -> None:
