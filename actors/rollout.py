@@ -11,7 +11,6 @@ If the step thread dies, its error goes to every waiting and every later caller.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -105,28 +104,29 @@ class RolloutActor:
         self._wake = threading.Event()
         self._requests: dict[str, _Request] = {}
         self._counter = 0
+        self._served = 0
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
 
-    def ready(self) -> int:
-        """Returns the process id once the engine is up."""
-        return os.getpid()
+    def samples_served(self) -> int:
+        """Samples generated so far."""
+        return self._served
 
     def generate(
-        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], *, version: int, timeout_s: float
+        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], *, version: int, within_s: float
     ) -> list[Generation]:
         """One response per seed to the same prompt. Blocks its caller's thread only.
 
         Raises:
             RuntimeError: the engine does not hold this weight version, or its step thread has died.
-            TimeoutError: not all responses were whole within `timeout_s` seconds; the open ones are aborted.
+            TimeoutError: not all responses were whole within `within_s` seconds; the open ones are aborted.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + within_s
         requests = self._submit(prompt, settings, seeds, version)
         try:
             for request in requests.values():
                 if not request.done.wait(deadline - time.monotonic()):
-                    raise TimeoutError(f"{len(requests)} samples not finished after {timeout_s:.0f} s")
+                    raise TimeoutError(f"{len(requests)} samples not finished after {within_s:.0f} s")
                 if self._error is not None:
                     raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
             return [request.generation() for request in requests.values()]
@@ -217,6 +217,7 @@ class RolloutActor:
             request.extend(output.outputs[0], self.version)
             if output.finished:
                 request.done.set()
+                self._served += 1
 
 
 class RolloutGroup:
@@ -265,7 +266,7 @@ class RolloutGroup:
             rank = min(range(len(tokens)), key=tokens.__getitem__)
             tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
             ref = self.workers.submit(
-                rank, "generate", request.prompt, settings, request.seeds, version=self.version, timeout_s=timeout_s
+                rank, "generate", request.prompt, settings, request.seeds, version=self.version, within_s=timeout_s
             )
             names[ref], keys[ref] = self.workers.rank_name(rank), request.key
         for ref, generations in as_completed(names, "generate", timeout_s):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -70,6 +71,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    earlier = _daemons()
     try:
         if address is None:
             store = config.ray.object_store_gib
@@ -86,7 +88,35 @@ def connected(config: Config) -> Iterator[None]:
             _join(address)
         yield
     finally:
+        started = [process for daemon in _daemons() - earlier for process in _tree(daemon)]
         ray.shutdown()
+        _end(started, _daemons() - earlier)
+
+
+def _daemons() -> set[psutil.Process]:
+    """Ray's own processes that this one has started; the cluster's workers and agents are below them."""
+    return {child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")}
+
+
+def _tree(daemon: psutil.Process) -> list[psutil.Process]:
+    """A process and everything below it."""
+    try:
+        return [daemon, *daemon.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end(started: list[psutil.Process], survivors: set[psutil.Process]) -> None:
+    """Kill what `ray.shutdown` leaves: it does not know of daemons whose start was interrupted half-way."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for daemon in survivors:
+            daemon.suspend()  # it must not start another process once its tree is known
+    for process in [process for daemon in survivors for process in _tree(daemon)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in psutil.wait_procs(started, timeout=CLOSE_TIMEOUT_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _join(address: str) -> None:

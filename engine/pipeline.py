@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from engine.plan import prepare
 from engine.ray_token import use_private_token
 from engine.stages.rl import Result, RLStage
 from engine.tracking.tracker import Tracker
+
+CLEAN_UP_S = 15.0
+"""An interrupted run ends within this time."""
 
 
 def run(config: Config) -> Result:
@@ -53,16 +57,21 @@ def run(config: Config) -> Result:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends the run as Ctrl-C does."""
+    """SIGTERM (a job that is stopped) ends the run as Ctrl-C does; a second signal does not cut the clean-up short."""
+    ignored_until = 0.0
 
     def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        nonlocal ignored_until
+        if time.monotonic() >= ignored_until:
+            ignored_until = time.monotonic() + CLEAN_UP_S
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from engine.config import Config, SourceConfig, UserError
 from engine.data.prompts import Prompt, build_prompts
 from engine.data.sources import load_rows
@@ -66,8 +68,25 @@ def _check_model(config: Config) -> None:
             f"rollout.max_model_len: {config.rollout.max_model_len} is over the {context} tokens that the model was "
             f"made for (max_position_embeddings in {file}); lower it"
         )
-    if not any(folder.glob("*.safetensors")):
+    _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """Every weight file is there and whole, going by its header."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+    if not names:
         raise UserError(f"model.path: {folder} holds no *.safetensors; save the model with save_pretrained")
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"model.path: {folder / name} is no whole safetensors file ({error}); download or save the model again"
+            ) from None
 
 
 def _load_tokenizer(config: Config) -> Any:

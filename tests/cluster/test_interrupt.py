@@ -137,6 +137,8 @@ def test_a_signal_during_training_ends_the_run_and_every_process_of_it(
     assert all(name in started for name in ("raylet", "PolicyActor", "RolloutActor", "RewardPool", "spawn_main"))
     if number == signal.SIGINT:
         os.killpg(running.process.pid, number)  # a terminal sends Ctrl-C to the whole group
+        time.sleep(0.5)
+        os.killpg(running.process.pid, number)  # the impatient press it twice
     else:
         running.process.send_signal(number)  # a supervisor sends SIGTERM to the process
     assert_ended_in_order(running, running.seconds_to_end())

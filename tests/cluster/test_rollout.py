@@ -1,0 +1,132 @@
+"""Two real vLLM engines beside a real trainer: the weights arrive, and log-probs are those the trainer computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.group import ActorError
+from actors.rollout import RolloutGroup
+from engine.cluster import started_workers
+from engine.config import Config
+from engine.data.batch import Batch
+from engine.roles import GenerationRequest, SamplingSettings, Workers
+from tests.cluster.conftest import random_batch
+
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+SETTINGS = SamplingSettings(temperature=0.7, max_new_tokens=8)
+PROMPTS = [(7, 8, 9), (20, 21, 22, 23, 24), tuple(range(40, 90)), (5,)]
+
+
+def configure(model, tmp_path, engines: int) -> Config:
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def length(sample):\n    return float(sample.num_tokens)\n")
+    return Config.model_validate(
+        {
+            "model": {"path": str(model)},
+            "data": {"train": "unused.jsonl"},
+            "rewards": {"functions": [f"{rewards}:length"]},
+            "rl": {"steps": 9, "prompts_per_step": 4, "samples_per_prompt": 4},
+            "optimizer": {"learning_rate": 0.05},
+            "rollout": {
+                "engines": engines,
+                "temperature": 0.7,
+                "max_new_tokens": 8,
+                "max_model_len": 64,
+                "kv_cache_gib": 0.03,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def workers(tiny_model, tmp_path_factory, ray_session):
+    with started_workers(configure(tiny_model, tmp_path_factory.mktemp("rollout"), engines=2)) as workers:
+        with pytest.raises(ActorError, match=r"holds weights version None, not 0"):
+            workers.rollouts.version = 0
+            list(workers.rollouts.generate([GenerationRequest(0, (7, 8), (1,))], SETTINGS))
+        workers.rollouts.publish(0)
+        yield workers
+
+
+def generate(workers: Workers, seeds=(1, 2, 3)) -> Batch:
+    requests = [GenerationRequest(key, prompt, seeds) for key, prompt in enumerate(PROMPTS)]
+    by_key = dict(workers.rollouts.generate(requests, SETTINGS))
+    assert sorted(by_key) == list(range(len(PROMPTS)))
+    samples = [(prompt, g) for key, prompt in enumerate(PROMPTS) for g in by_key[key]]
+    return Batch(
+        tokens=np.concatenate([[*p, *g.token_ids] for p, g in samples]).astype(np.int32),
+        seq_lens=np.array([len(p) + len(g.token_ids) for p, g in samples], np.int32),
+        loss_mask=np.concatenate([np.repeat([False, True], [len(p), len(g.token_ids)]) for p, g in samples]),
+        rollout_logp=np.concatenate([[0.0] * len(p) + list(g.logprobs) for p, g in samples]).astype(np.float32),
+        version=np.concatenate([[-1] * len(p) + list(g.versions) for p, g in samples]).astype(np.int32),
+        group_ids=np.repeat(np.arange(len(PROMPTS)), len(seeds)),
+        sample_ids=np.arange(len(samples)),
+        totals=np.zeros(len(samples), np.float32),
+    )
+
+
+def mismatch(workers: Workers, batch: Batch) -> float:
+    return float(np.abs(workers.policy.logprobs(batch) - batch.rollout_logp).max())
+
+
+def test_log_probs_follow_the_sampling_temperature(workers):
+    assert mismatch(workers, generate(workers)) < 1e-4
+
+
+def test_the_same_seeds_give_the_same_responses_on_either_engine(workers):
+    assert (generate(workers).tokens == generate(workers).tokens).all()
+    assert not np.array_equal(generate(workers).tokens, generate(workers, seeds=(4, 5, 6)).tokens)
+
+
+def test_both_engines_serve(workers):
+    rollouts: RolloutGroup = workers.rollouts
+    one, two = (rollouts.workers.actors[i] for i in (0, 1))
+    import ray
+
+    before = ray.get([one.samples_served.remote(), two.samples_served.remote()], timeout=60)
+    generate(workers)
+    after = ray.get([one.samples_served.remote(), two.samples_served.remote()], timeout=60)
+    assert all(b > a for a, b in zip(before, after, strict=True))
+
+
+def test_an_update_arrives_in_every_engine_and_old_weights_would_be_noticed(workers):
+    old = generate(workers)
+    workers.policy.update([random_batch(13)])
+    assert mismatch(workers, old) > 1e-2, "the update is large enough to be seen"
+    version = workers.rollouts.version + 1
+    metrics = workers.rollouts.publish(version)
+    assert metrics["rollout/weight_version"] == version
+    new = generate(workers)
+    assert mismatch(workers, new) < 1e-4
+    assert set(new.version[new.loss_mask]) == {version}
+    assert set(new.version[~new.loss_mask]) == {-1}
+
+
+def test_an_engine_refuses_versions_that_do_not_go_up_and_bytes_that_differ(workers):
+    rollouts: RolloutGroup = workers.rollouts
+    version = rollouts.version
+    snapshot = rollouts.policy.publish(version)
+    with pytest.raises(ActorError, match=f"version {version} is not newer than {version}"):
+        rollouts.workers.call("load_weights", snapshot, 60, timeout_s=60)
+    tampered = replace(rollouts.policy.publish(version + 1), checksum="0" * 32)
+    with pytest.raises(ActorError, match=f"version {version + 1} has checksum"):
+        rollouts.workers.call("load_weights", tampered, 60, timeout_s=60)
+    assert mismatch(workers, generate(workers)) < 1e-4, "the refused weights changed nothing"
+
+
+def test_a_late_sample_is_aborted_and_leaves_the_engine_usable(workers):
+    actor = workers.rollouts.workers
+    with pytest.raises(ActorError, match="samples not finished after 0 s"):
+        actor.call("generate", (7, 8), SETTINGS, (1, 2), version=workers.rollouts.version, within_s=0.001, timeout_s=60)
+    assert mismatch(workers, generate(workers)) < 1e-4
+
+
+def test_an_untied_output_embedding_arrives_too(untied_model, tmp_path):
+    with started_workers(configure(untied_model, tmp_path, engines=1)) as workers:
+        workers.rollouts.publish(0)
+        workers.policy.update([random_batch(13)])
+        workers.rollouts.publish(1)
+        assert mismatch(workers, generate(workers)) < 1e-4
