@@ -1,4 +1,4 @@
-# Set-up and checks. `make quickstart` and `make test` need nothing but Python 3.11 or newer, a C++ compiler and make.
+# Set-up and checks. `make quickstart` and `make test` need nothing but Python 3.11 or newer and make.
 # ARGS goes to the command: make quickstart ARGS='seed=1 name=quickstart-1'; make test ARGS='-k tracking'.
 
 PYTHON ?= python3

@@ -34,6 +34,7 @@ from engine.user_code import describe_error
 START_DEADLINE = 120.0
 """Seconds in which a worker must have imported the user's functions."""
 _REISSUES = 3
+_REMEDY = "mend the function (events.jsonl holds each failure)"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -144,6 +145,9 @@ class RewardPool:
                 if done is not None:
                     call = pending.pop(done)
                     waiting = [call] if self._settle(scoring, call, done) else []
+        except RewardError as error:
+            error.incidents = scoring.incidents
+            raise
         finally:
             for future in pending:
                 future.cancel()
@@ -217,14 +221,16 @@ class RewardPool:
         ids = [scoring.samples[p].id for p in call.unanswered]
         who = f"sample {ids[0]}" if len(ids) == 1 else f"{len(ids)} samples ({ids[0]}, ...)"
         if function.on_error == "fail":
-            raise RewardError(f"reward function {function.name!r} failed on {who} (on_error: fail): {message}")
+            raise RewardError(
+                f"reward function {function.name!r} failed on {who} (on_error: fail): {message}; {_REMEDY}"
+            )
         with self._lock:
             self._failures[function.name] = self._failures.get(function.name, 0) + len(ids)
             failures, successes = self._failures[function.name], self._successes[function.name]
         if successes == 0 and failures >= self._config.stop_after_failures:
             raise RewardError(
                 f"reward function {function.name!r} has failed on {failures} samples without one success "
-                f"(rewards.stop_after_failures); the last error, on {who}: {message}"
+                f"(rewards.stop_after_failures); the last error, on {who}: {message}; {_REMEDY}"
             )
         for position in call.unanswered:
             scoring.dropped.setdefault(position, kind)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from engine.config import Config, UserError
 from engine.roles import Workers
 
 CLOSE_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,16 @@ def _end(started: list[psutil.Process], survivors: set[psutil.Process]) -> None:
 
 
 def _join(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), JOIN_TIMEOUT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"ray.address: no cluster answers at {address!r}: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"ray.address: no cluster answers at {address!r}: {error}; start one there, mend the address, or leave "
+            "ray.address (and RAY_ADDRESS) out to run on this machine"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.config import Config
@@ -32,7 +32,7 @@ def run(config: Config) -> Result:
     tracker = Tracker(config)
     status = "failed"
     try:
-        with _interruptible():
+        with _interruptible() as catch_signals:
             for reason in plan.skipped:
                 tracker.event("row_skipped", reason=reason)
             if plan.skipped:
@@ -41,8 +41,10 @@ def run(config: Config) -> Result:
                 use_private_token()
             from engine import cluster  # Ray and the actors' libraries, only once the preflight has passed
 
-            with cluster.connected(config), cluster.started_workers(config) as workers:
-                result = RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts).run()
+            with cluster.connected(config):
+                catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
+                with cluster.started_workers(config) as workers:
+                    result = RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts).run()
         status = "succeeded"
         return result
     except KeyboardInterrupt:
@@ -56,8 +58,11 @@ def run(config: Config) -> Result:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends the run as Ctrl-C does; a second signal does not cut the clean-up short."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """SIGTERM (a job that is stopped) ends the run as Ctrl-C does; a second signal does not cut the clean-up short.
+
+    Yields what puts the handlers in again, should a library have replaced them.
+    """
     ignored_until = 0.0
 
     def interrupt(signum: int, frame: Any) -> None:
@@ -66,12 +71,16 @@ def _interruptible() -> Iterator[None]:
             ignored_until = time.monotonic() + CLEAN_UP_S
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    def catch_signals() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in previous:
+                signal.signal(number, interrupt)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    catch_signals()
     try:
-        yield
+        yield catch_signals
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)

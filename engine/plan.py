@@ -96,4 +96,7 @@ def _load_tokenizer(config: Config) -> Any:
         return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises a dozen kinds here
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path: {config.model.path}: no tokenizer could be loaded: {why}") from None
+        raise UserError(
+            f"model.path: {config.model.path}: no tokenizer could be loaded: {why}; check the folder's tokenizer "
+            "files, or for a Hub name its spelling and the network"
+        ) from None

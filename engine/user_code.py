@@ -88,7 +88,7 @@ def _hint(name: str, owner: Any) -> str:
 def _load_file(target: str, where: str) -> ModuleType:
     path = Path(target).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"{where}: no such file: {path}")
+        raise UserError(f"{where}: no such file: {path}; a relative path starts at the working directory")
     stem = re.sub(r"\W", "_", path.stem)
     name = f"gnomon_user_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:

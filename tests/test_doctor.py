@@ -42,7 +42,7 @@ def test_a_whole_installation_is_ready_and_its_versions_are_told() -> None:
     for name in ("torch", "ray", "deepspeed", "transformers", "wandb"):
         assert find(report, name) == Finding(name, metadata.version(name))
     assert "CPU build" in find(report, "vllm").value
-    for topic in ("processor", "memory", "/dev/shm", "disk", "GPUs", "C++ compiler", "ninja"):
+    for topic in ("processor", "memory", "/dev/shm", "disk", "GPUs", "C compiler"):
         assert find(report, topic).value
 
 
@@ -111,14 +111,13 @@ def test_a_broken_gpu_driver_is_a_warning_not_a_crash(tmp_path: Path, monkeypatc
     assert report.ok
 
 
-def test_without_a_compiler_deepspeed_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
     report = diagnose()
-    assert not report.ok
-    assert "install g++" in find(report, "C++ compiler").remedy
-    assert find(report, "ninja").level == "ok"  # the one in the environment
+    assert report.ok
+    assert "install gcc" in find(report, "C compiler").remedy
 
 
 def test_little_memory_and_a_full_disk_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

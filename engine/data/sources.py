@@ -68,7 +68,8 @@ def load_rows(
         raise bad_rows_error(source.path, problems, len(rows) + len(problems))
     if not rows:
         detail = "".join(f"\n  {p}" for p in problems[:_SHOWN])
-        raise UserError(f"data source {source.path!r}: there are no usable rows ({len(problems)} bad ones){detail}")
+        why = f"all {len(problems)} are bad; mend them" if problems else "it is empty; give it at least one"
+        raise UserError(f"data source {source.path!r}: there are no usable rows: {why}{detail}")
     return Rows(rows, problems)
 
 

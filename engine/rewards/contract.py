@@ -44,6 +44,9 @@ _NOT_PASSED = {"prompt", "completion", "completion_ids"}
 class RewardError(UserError):
     """A reward function failed, and its settings say to stop."""
 
+    incidents: Sequence[dict[str, Any]] = ()
+    """The failed calls of the samples that were being scored, as in `Scores.incidents`."""
+
 
 class Row:
     """A data row whose columns are attributes: `row.answer`, `row["answer"]`, `row.get("answer", default)`."""

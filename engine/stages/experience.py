@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine.config import UserError
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
-from engine.rewards.contract import Row, Sample, Scores
+from engine.rewards.contract import RewardError, Row, Sample, Scores
 from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
 from engine.tracking.tracker import Tracker
 
@@ -59,15 +60,23 @@ def collect_groups(
         generations[key] = generated
         workers.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
     scores: dict[int, Scores] = {}
-    for key, scored in workers.rewards.collect():
-        scores[key] = scored
-        for incident in scored.incidents:
-            fields = dict(incident)
-            tracker.event(fields.pop("kind"), **fields)
+    try:
+        for key, scored in workers.rewards.collect():
+            scores[key] = scored
+            _record(tracker, scored.incidents)
+    except RewardError as error:
+        _record(tracker, error.incidents)
+        raise
     return [
         Group(prompt, list(ids), generations[key], scores[key])
         for key, (prompt, ids) in enumerate(zip(prompts, sample_ids, strict=True))
     ]
+
+
+def _record(tracker: Tracker, incidents: Sequence[dict[str, Any]]) -> None:
+    for incident in incidents:
+        fields = dict(incident)
+        tracker.event(fields.pop("kind"), **fields)
 
 
 def _samples(prompt: Prompt, ids: Sequence[int], generations: Sequence[Generation]) -> list[Sample]:

@@ -116,7 +116,9 @@ def test_the_reference_agrees_with_the_untrained_policy(raw_config, batch):
 
     placement = placement_group([{"CPU": 1}] * 2)
     slots = Slots(placement, 0, 2, {"CPU": 1})
-    workers = WorkerGroup("reference", ReferenceActor, slots, arguments=[(config,)] * 2, env=trainer_environment("cpu", 1))
+    workers = WorkerGroup(
+        "reference", ReferenceActor, slots, arguments=[(config,)] * 2, env=trainer_environment("cpu", 1)
+    )
     with Session(config) as policy:
         ours = policy.logprobs(batch)
         theirs = ReferenceGroup(config, workers, policy.hidden_size).logprobs(batch)

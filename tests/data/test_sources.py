@@ -191,7 +191,7 @@ def test_items_of_a_json_list_are_counted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", b"", "there are no usable rows \\(0 bad ones\\)"),
+        ("a.jsonl", b"", "there are no usable rows: it is empty"),
         ("a.csv", b"", "there are no usable rows"),
         ("a.json", b"[]", "there are no usable rows"),
         ("a.json", b"{}", "must be a list of objects, is an object"),

@@ -1,0 +1,165 @@
+"""`ray job submit` on a running cluster: the job's status and exit code say how the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A local Ray head with a token of its own."""
+
+    dashboard: str
+    env: dict[str, str]
+
+    def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job <command> --address <head> <arguments>`."""
+        return subprocess.run(
+            [RAY, "job", command, "--address", self.dashboard, *arguments],
+            cwd=ROOT,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """Started as an operator would, beside whatever other clusters the machine has; ended by its own process tree."""
+    folder = Path(tempfile.mkdtemp(prefix="gnomon-head-"))  # short: Ray puts sockets below it
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = inherited | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    gcs, dashboard, agent, client = free_ports(4)
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": gcs,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "ray-client-server-port": client,
+        "temp-dir": folder / "ray",
+        "num-cpus": 8,
+        "object-store-memory": 2**28,
+    }
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--disable-usage-stats", *[f"--{k}={v}" for k, v in options.items()]],
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for_port(dashboard, process, folder / "head.log")
+        yield Head(f"http://127.0.0.1:{dashboard}", env)
+    finally:
+        end_tree(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until somebody listens; the head prints why if it ends before."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"the dashboard did not come up: {log.read_text()}")
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and everything below it."""
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait(30)
+    for child in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(tree, timeout=30)
+
+
+def submit(head: Head, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Submit a run of the quickstart's configuration and wait for its end."""
+    run = ["python", "-m", "engine", "run", "examples/quickstart/quickstart.yaml", *overrides]
+    return head.job("submit", "--submission-id", name, "--working-dir", str(ROOT), "--", *run)
+
+
+@pytest.fixture
+def overrides(tiny_model: Path, tmp_path: Path) -> list[str]:
+    """The quickstart, made tiny."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(8)))
+    rewards = tmp_path / "length.py"
+    rewards.write_text("def length(sample):\n    return float(sample.num_tokens)\n")
+    return [
+        f"model.path={tiny_model}",
+        f"output_dir={tmp_path / 'runs'}",
+        f"data={{train: {rows}, evaluation: {rows}}}",
+        "evaluation={prompts: 2}",
+        f"rewards.functions=['{rewards}:length']",
+        "rl={steps: 1, prompts_per_step: 2, samples_per_prompt: 2}",
+        "algorithm.kl_coef=0",
+        "policy.threads=1",
+        "rollout.threads=1",
+        "rollout.kv_cache_gib=0.03",
+    ]
+
+
+def test_a_submitted_run_succeeds_and_its_records_are_where_it_was_told(
+    head: Head, overrides: list[str], tmp_path: Path
+) -> None:
+    done = submit(head, "good", *overrides)
+    assert done.returncode == 0, done.stdout
+    assert "model saved in" in done.stdout  # the run's own output reaches the person who submitted it
+    assert "SUCCEEDED" in head.job("status", "good").stdout.upper()
+    assert (tmp_path / "runs" / "quickstart" / "model" / "model.safetensors").is_file()
+    metrics = (tmp_path / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 1]
+
+
+def test_a_submitted_run_that_fails_is_a_failed_job_with_an_exit_code(head: Head, overrides: list[str]) -> None:
+    done = submit(head, "bad", *overrides, "rl.samples_per_prompt=1")
+    assert done.returncode != 0, done.stdout
+    assert "rl.samples_per_prompt: GRPO compares the samples of one prompt" in done.stdout
+    status = head.job("status", "bad").stdout
+    assert "FAILED" in status.upper()
+    assert "exit code 2" in status
