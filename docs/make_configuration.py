@@ -83,7 +83,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if isinstance(field.default, BaseModel) or field.default is PydanticUndefined:
         return ""
-    return f"`{yaml.safe_dump(_plain(field.default), default_flow_style=True).removesuffix('\n...\n').strip()}`"
+    shown = yaml.safe_dump(_plain(field.default), default_flow_style=True).strip().removesuffix("\n...")
+    return f"`{shown}`"
 
 
 def _plain(value: Any) -> Any:

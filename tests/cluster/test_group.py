@@ -92,5 +92,5 @@ def test_a_constructor_that_raises_is_named_with_its_cause(placement):
 def test_the_users_mistakes_come_back_as_such(placement):
     group = make_group(placement)
     group.wait_ready(60)
-    with pytest.raises(UserError, match="^data.train: mend the rows$"):
+    with pytest.raises(UserError, match=r"^data\.train: mend the rows$"):
         group.call("complain", timeout_s=60)

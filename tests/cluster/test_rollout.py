@@ -44,8 +44,8 @@ def configure(model, tmp_path, engines: int) -> Config:
 @pytest.fixture(scope="module")
 def workers(tiny_model, tmp_path_factory, ray_session):
     with started_workers(configure(tiny_model, tmp_path_factory.mktemp("rollout"), engines=2)) as workers:
+        workers.rollouts.version = 0
         with pytest.raises(ActorError, match=r"holds weights version None, not 0"):
-            workers.rollouts.version = 0
             list(workers.rollouts.generate([GenerationRequest(0, (7, 8), (1,))], SETTINGS))
         workers.rollouts.publish(0)
         yield workers
