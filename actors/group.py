@@ -123,7 +123,7 @@ class WorkerGroup:
         env: Mapping[str, str],
         concurrency: int = 1,
     ) -> None:
-        """Starts one actor per slot with its own constructor arguments; `wait_ready` tells when they are up."""
+        """Starts one actor per slot with its own constructor arguments; `wait_ready` waits for them."""
         remote: Any = ray.remote(actor_class)
         self.name = name
         self.actors: list[Any] = [
@@ -136,11 +136,6 @@ class WorkerGroup:
     def rank_name(self, rank: int) -> str:
         """How errors name a rank."""
         return f"{self.name}[{rank}]"
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every constructor has returned."""
-        pending = {actor.__ray_ready__.remote(): self.rank_name(r) for r, actor in enumerate(self.actors)}
-        gather(pending, "__init__", timeout_s)
 
     def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Start one rank's call and return its reference, to be awaited with `as_completed` or `gather`."""
@@ -160,6 +155,16 @@ class WorkerGroup:
         """End the actors at once."""
         for actor in self.actors:
             ray.kill(actor)
+
+
+def wait_ready(groups: Sequence[WorkerGroup], timeout_s: float) -> None:
+    """Wait until every constructor of every group has returned; the first that raises is told at once."""
+    pending = {
+        actor.__ray_ready__.remote(): group.rank_name(rank)
+        for group in groups
+        for rank, actor in enumerate(group.actors)
+    }
+    gather(pending, "__init__", timeout_s)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.group import ActorError, Slots, WorkerGroup, rendezvous
+from actors.group import ActorError, Slots, WorkerGroup, rendezvous, wait_ready
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
@@ -175,8 +175,7 @@ def started_workers(config: Config) -> Iterator[Workers]:
         if "reference" in slots:
             env = trainer_environment(config.device, config.reference.threads)
             reference = start("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
-        for group in [engines, policy, *([reference] if reference else [])]:
-            group.wait_ready(timeout_s)
+        wait_ready([engines, policy, *([reference] if reference else [])], timeout_s)
         policies = PolicyGroup(config, policy)
         yield Workers(
             policy=policies,

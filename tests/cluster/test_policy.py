@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.group import Slots, WorkerGroup, rendezvous
+from actors.group import Slots, WorkerGroup, rendezvous, wait_ready
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from engine.cluster import trainer_environment
@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 STEPS = 5
 
 
-def configure(raw_config, **policy) -> Config:
+def configure(raw_config, *, model=None, **policy) -> Config:
     raw = raw_config | {
+        "model": raw_config["model"] | (model or {}),
         "policy": {"tokens_per_microbatch": 64} | policy,
         "optimizer": {"learning_rate": 1e-2},
         "algorithm": {"correction": {"mode": "none"}, "loss_aggregation": "token-mean"},
@@ -40,7 +41,7 @@ class Session:
         arguments = [(config, info) for info in rendezvous(slots, 60)]
         env = trainer_environment("cpu", 1)
         self.workers = WorkerGroup("policy", PolicyActor, slots, arguments=arguments, env=env)
-        self.workers.wait_ready(300)
+        wait_ready([self.workers], 300)
         self.policy = PolicyGroup(config, self.workers)
 
     def __enter__(self) -> PolicyGroup:
@@ -75,12 +76,13 @@ def one_rank(tiny_model):
 @pytest.mark.parametrize(
     "policy",
     [
+        {"ranks": 2, "zero_stage": 0},
         {"ranks": 2, "zero_stage": 2},
         {"ranks": 2, "zero_stage": 3},
-        {"ranks": 2, "zero_stage": 0},
-        {"ranks": 1, "zero_stage": 1, "tokens_per_microbatch": 4096},
+        {"zero_stage": 1, "tokens_per_microbatch": 4096},
+        {"zero_stage": 3, "model": {"gradient_checkpointing": True}},
     ],
-    ids=lambda p: f"{p['ranks']}-ranks-zero-{p['zero_stage']}-{p.get('tokens_per_microbatch', 64)}-tokens",
+    ids=["two ranks", "two ranks, ZeRO-2", "two ranks, ZeRO-3", "one micro-batch, ZeRO-1", "recomputed activations"],
 )
 def test_ranks_zero_stages_and_microbatch_sizes_give_the_same_training(one_rank, raw_config, policy):
     expected, expected_logp = one_rank
@@ -142,6 +144,15 @@ def test_the_saved_model_is_the_trained_one_and_loads_with_transformers(raw_conf
     mask = batch.loss_mask[:length]
     np.testing.assert_allclose(ours_T[:length][mask], logp[mask[1:]], atol=2e-5)
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_bfloat16_trains_too(raw_config, batch, stage):
+    with Session(configure(raw_config, model={"dtype": "bfloat16"}, zero_stage=stage)) as policy:
+        before = policy.logprobs(batch)
+        metrics = policy.update([batch])
+        assert metrics["policy/grad_norm"] > 0
+        assert np.abs(policy.logprobs(batch) - before).max() > 1e-2
 
 
 def test_a_non_finite_loss_stops_the_update(raw_config, batch):
