@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,6 +71,10 @@ def _result(ref: Any, name: str, method: str, start: float) -> Any:
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
         raise ActorError(f"{name}: died after {elapsed:.1f} s in {method}(): {why}") from error
+    except RayError as error:  # out of memory, a lost object, an environment that could not be set up
+        elapsed = time.monotonic() - start
+        why = " ".join(str(error).split())
+        raise ActorError(f"{name}: lost after {elapsed:.1f} s in {method}(): {type(error).__name__}: {why}") from error
 
 
 def gather(pending: Mapping[Any, str], method: str, timeout_s: float) -> list[Any]:
@@ -111,7 +115,7 @@ def _address() -> tuple[str, int]:
 
 
 class WorkerGroup:
-    """The ranks of one role."""
+    """The ranks of one role. Actors work in `start`, not in the constructor, whose errors Ray flattens to text."""
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class WorkerGroup:
         env: Mapping[str, str],
         concurrency: int = 1,
     ) -> None:
-        """Starts one actor per slot with its own constructor arguments; `wait_ready` waits for them."""
+        """Makes one actor per slot with its own constructor arguments; `start_all` starts them."""
         remote: Any = ray.remote(actor_class)
         self.name = name
         self.actors: list[Any] = [
@@ -157,14 +161,11 @@ class WorkerGroup:
             ray.kill(actor)
 
 
-def wait_ready(groups: Sequence[WorkerGroup], timeout_s: float) -> None:
-    """Wait until every constructor of every group has returned; the first that raises is told at once."""
-    pending = {
-        actor.__ray_ready__.remote(): group.rank_name(rank)
-        for group in groups
-        for rank, actor in enumerate(group.actors)
-    }
-    gather(pending, "__init__", timeout_s)
+def start_all(groups: Sequence[WorkerGroup], timeout_s: float) -> None:
+    """Start every rank of every group; returns when all are up, and the first that raises is told at once."""
+    ranks = [(group, rank) for group in groups for rank in range(len(group.actors))]
+    pending = {group.submit(rank, "start"): group.rank_name(rank) for group, rank in ranks}
+    gather(pending, "start", timeout_s)
 
 
 @dataclass(frozen=True)

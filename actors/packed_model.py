@@ -34,17 +34,39 @@ def ragged_sdpa(
     *,
     cu_seq_lens_q: torch.Tensor,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a packed row: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    """Causal attention within each sample of a packed row: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
+
+    Raises:
+        UserError: the model's attention has sinks or soft-capped scores, which this kernel does not compute.
+    """
+    if s_aux is not None or softcap is not None:
+        raise UserError(
+            f"model.path: the attention of {type(module).__name__} needs flash attention; use another model"
+        )
     spans = torch.diff(cu_seq_lens_q).tolist()
     grouped = query.shape[1] != key.shape[1]
-    outs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
-        for q, k, v in zip(query.split(spans, 2), key.split(spans, 2), value.split(spans, 2), strict=True)
-    ]
+    outs = []
+    for q, k, v in zip(query.split(spans, 2), key.split(spans, 2), value.split(spans, 2), strict=True):
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        outs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
     return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[length, length] bool: each position sees itself and the `window - 1` before it; None where it sees all."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (distance >= 0) & (distance < window)
 
 
 AttentionInterface.register(RAGGED_SDPA, ragged_sdpa)
@@ -78,6 +100,8 @@ def load_language_model(config: Config) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            vars(module)["attention_dropout"] = 0.0
     return model
 
 

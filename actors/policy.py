@@ -59,13 +59,17 @@ class PolicyActor:
 
     def __init__(self, config: Config, info: RankInfo) -> None:
         self.config = config
-        temperature = config.rollout.temperature
+        self.info = info
+
+    def start(self) -> None:
+        """Join the process group and load the model."""
+        config = self.config
 
         def make() -> tuple:
             model = load_language_model(config)
-            return model, PackedLogProbs(model, temperature=temperature)
+            return model, PackedLogProbs(model, temperature=config.rollout.temperature)
 
-        self.trainer = Trainer(config, info, make, updates=config.rl.steps * config.updates_per_step)
+        self.trainer = Trainer(config, self.info, make, updates=config.rl.steps * config.updates_per_step)
 
     def hidden_size(self) -> int:
         """Width of the model, for the cost of a sample."""
@@ -90,7 +94,7 @@ class PolicyActor:
     def publish(self, version: int) -> Snapshot | None:
         """Export the weights; rank 0 returns the snapshot, the other ranks take part and return None."""
         weights = self.trainer.named_weights()
-        if self.trainer.info.rank == 0:
+        if self.info.rank == 0:
             return publish(weights, version)
         for _ in weights:
             pass

@@ -17,8 +17,12 @@ class ReferenceActor:
     """One data-parallel copy of the reference model."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.device = torch.device(config.device)
-        module = PackedLogProbs(load_language_model(config), temperature=config.rollout.temperature)
+
+    def start(self) -> None:
+        """Load the model."""
+        module = PackedLogProbs(load_language_model(self.config), temperature=self.config.rollout.temperature)
         self.module = module.to(self.device).requires_grad_(False).eval()
 
     @torch.inference_mode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import ray
+
 from actors.group import WorkerGroup, as_completed
 from engine.config import Config
 from engine.rewards.contract import Sample, Scores
@@ -17,14 +19,21 @@ class RewardGroup:
         self.config = config
         self.workers = workers
         self._pending: dict[Any, int] = {}
+        self._done: list[tuple[int, Scores]] = []
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
-        """Start scoring; results come from `collect`."""
+        """Start scoring; results come from `collect`. Raises what earlier calls have raised by now."""
         self._pending[self.workers.submit(0, "score", list(samples))] = key
+        finished, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+        self._done += self._wait_for(finished)
 
     def collect(self) -> Iterator[tuple[int, Scores]]:
         """Yields (key, scores) of everything submitted, as it is done."""
-        keys, self._pending = self._pending, {}
-        names = dict.fromkeys(keys, self.workers.rank_name(0))
+        done, self._done = self._done, []
+        yield from done
+        yield from self._wait_for(list(self._pending))
+
+    def _wait_for(self, refs: Sequence[Any]) -> Iterator[tuple[int, Scores]]:
+        names = dict.fromkeys(refs, self.workers.rank_name(0))
         for ref, scores in as_completed(names, "score", self.config.timeouts.reward):
-            yield keys[ref], scores
+            yield self._pending.pop(ref), scores

@@ -88,7 +88,16 @@ class RolloutActor:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        if config.device == "cpu":
+        self.version: int | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._requests: dict[str, _Request] = {}
+        self._counter = 0
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Load the model and start the step thread."""
+        if self.config.device == "cpu":
             # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied
             # output embedding would keep its old value without an error). Plain weights are a tenth slower.
             import vllm._custom_ops as ops
@@ -97,20 +106,9 @@ class RolloutActor:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments = EngineArgs(**engine_arguments(config))
+        arguments = EngineArgs(**engine_arguments(self.config))
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
-        self.version: int | None = None
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._requests: dict[str, _Request] = {}
-        self._counter = 0
-        self._served = 0
-        self._error: BaseException | None = None
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
-
-    def samples_served(self) -> int:
-        """Samples generated so far."""
-        return self._served
 
     def generate(
         self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], *, version: int, within_s: float
@@ -203,9 +201,10 @@ class RolloutActor:
                     self._step()
                 time.sleep(0)  # let a waiting publisher or caller take the lock
         except BaseException as error:
-            self._error = error
-            for request in list(self._requests.values()):
-                request.done.set()
+            with self._lock:  # no request slips in between the error and the wake-up of those who wait
+                self._error = error
+                for request in self._requests.values():
+                    request.done.set()
 
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
@@ -217,7 +216,6 @@ class RolloutActor:
             request.extend(output.outputs[0], self.version)
             if output.finished:
                 request.done.set()
-                self._served += 1
 
 
 class RolloutGroup:

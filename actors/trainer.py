@@ -10,13 +10,15 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from actors.process import RankInfo, join_process_group, seed_everything
 from engine.config import Config, OptimizerConfig
@@ -44,6 +46,17 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) 
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
 
 
+def learning_rate_factor(update: int, *, config: OptimizerConfig, updates: int) -> float:
+    """Share of the peak learning rate for an update, counted from 0; none is 0, so no update is spent on nothing."""
+    warmup = config.warmup_updates
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    left = max(0.0, 1 - (update - warmup) / max(1, updates - warmup))
+    return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite. The update was not published and nothing was saved."""
 
@@ -69,8 +82,7 @@ class Trainer:
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(list(module.parameters()), config.optimizer)
-        schedule = "constant_with_warmup" if config.optimizer.schedule == "constant" else config.optimizer.schedule
-        scheduler = get_scheduler(schedule, optimizer, config.optimizer.warmup_updates, updates)
+        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config=config.optimizer, updates=updates))
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -130,14 +142,24 @@ class Trainer:
         """Write model and tokenizer in Hugging Face format; rank 0 writes, whole or not at all. Run it on all ranks."""
         if self.info.rank == 0:
             weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            self.model.save_pretrained(partial, state_dict=weights)
+            unfinished = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.model.generation_config = _valid_generation_config(self.model)
+            self.model.save_pretrained(unfinished, state_dict=weights)
             AutoTokenizer.from_pretrained(
                 self.config.model.path, trust_remote_code=self.config.model.trust_remote_code
-            ).save_pretrained(partial)
+            ).save_pretrained(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            unfinished.rename(folder)
         elif self._gather:
             for _ in self.named_weights():
                 pass
+
+
+def _valid_generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """The model's own, unless it contradicts itself, which transformers loads without a word and refuses to save."""
+    try:
+        model.generation_config.validate(strict=True)
+        return model.generation_config
+    except ValueError:
+        return GenerationConfig.from_model_config(model.config)

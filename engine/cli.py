@@ -61,6 +61,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except RuntimeError as error:
-        print(f"failed: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"failed: {error}; `gnomon doctor` shows what is missing and how to mend it", file=sys.stderr)
+        sys.exit(FAILURE)
+    except (RuntimeError, OSError) as error:
+        print(f"failed: {error} (the run's events.jsonl has the details)", file=sys.stderr)
         sys.exit(FAILURE)

@@ -19,7 +19,7 @@ import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.group import ActorError, Slots, WorkerGroup, rendezvous, wait_ready
+from actors.group import ActorError, Slots, WorkerGroup, rendezvous, start_all
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
@@ -28,7 +28,7 @@ from actors.rollout import RolloutActor, RolloutGroup, engine_environment
 from engine.config import Config, UserError
 from engine.roles import Workers
 
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
 
 
@@ -48,7 +48,8 @@ def roles_of(config: Config) -> list[Role]:
     roles = [Role("policy", config.policy.ranks, model)]
     if config.algorithm.kl_coef > 0:
         roles.append(Role("reference", config.reference.ranks, model))
-    return [*roles, Role("rollout", config.rollout.engines, model), Role("rewards", 1, cpu)]
+    pool = {"CPU": config.ray.cpus_per_rank * config.rewards.workers}
+    return [*roles, Role("rollout", config.rollout.engines, model), Role("rewards", 1, pool)]
 
 
 def required(roles: list[Role]) -> dict[str, float]:
@@ -163,7 +164,7 @@ def started_workers(config: Config) -> Iterator[Workers]:
         )
         timeout_s = config.timeouts.start
         stack.callback(_close_pool, pool)
-        pool.call("start", timeout_s=timeout_s)
+        start_all([pool], timeout_s)
         infos = rendezvous(slots["policy"], config.timeouts.place)
         policy = start(
             "policy",
@@ -175,7 +176,7 @@ def started_workers(config: Config) -> Iterator[Workers]:
         if "reference" in slots:
             env = trainer_environment(config.device, config.reference.threads)
             reference = start("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
-        wait_ready([engines, policy, *([reference] if reference else [])], timeout_s)
+        start_all([engines, policy, *([reference] if reference else [])], timeout_s)
         policies = PolicyGroup(config, policy)
         yield Workers(
             policy=policies,
@@ -242,7 +243,7 @@ def _with_absolute_paths(config: Config) -> Config:
     for entry in config.rewards.functions:
         file, colon, name = entry.function.rpartition(":")
         if file.endswith(".py"):
-            entry = entry.model_copy(update={"function": f"{Path(file).absolute()}{colon}{name}", "name": entry.name})
+            entry = entry.model_copy(update={"function": f"{Path(file).absolute()}{colon}{name}"})
         functions.append(entry)
     rewards = config.rewards.model_copy(update={"functions": functions})
     return config.model_copy(update={"model": model, "rewards": rewards})

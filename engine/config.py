@@ -7,13 +7,14 @@ Sizes are named for what they count: `prompts_per_step`, `samples_per_prompt`, `
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -33,12 +34,16 @@ class Section(BaseModel):
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or something else that never starts with ~; a leading ~ is the home folder."""
+Folder = Annotated[Path, AfterValidator(lambda folder: Path(os.path.expanduser(folder)))]
+"""The same, for what is always a path."""
 
 
 class ModelConfig(Section):
     """The language model that the run starts from."""
 
-    path: str
+    path: Location
     """Folder in Hugging Face format, or a Hub name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is float32 on the CPU and bfloat16 on a GPU."""
@@ -51,7 +56,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Where rows come from. A bare string in the YAML is the `path`."""
 
-    path: str
+    path: Location
     """A jsonl/json/parquet/csv file or glob, `pkg.mod:fn` or `file.py:fn`, or a Hugging Face dataset name."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
@@ -84,7 +89,7 @@ class DataConfig(Section):
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A malformed row stops the run before it starts, or is skipped and counted."""
     on_long_prompt: Literal["fail", "skip", "truncate"] = "fail"
-    """A prompt over the token limit: an error, a skipped and counted row, or cut at its start."""
+    """A prompt over the token limit: an error, a skipped row, or cut at its start (without a chat template only)."""
     max_prompt_tokens: Count | None = None
     """Longest prompt, in tokens; None is `rollout.max_model_len - rollout.max_new_tokens`."""
 
@@ -92,7 +97,7 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """One reward function. A bare string in the YAML is the `function`; None defers to its `@reward`."""
 
-    function: str
+    function: Location
     """`pkg.mod:fn` or `file.py:fn`."""
     name: str | None = None
     """Name in the metrics; default: the function's own."""
@@ -155,8 +160,8 @@ class AlgorithmConfig(Section):
     """How per-token losses become one number; denominators are global."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL to the starting policy in the loss; 0 starts no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimator of that KL."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Per-token estimator of that KL in the loss (k1 would have no gradient in expectation)."""
     correction: CorrectionConfig = CorrectionConfig()
     """Trainer-rollout mismatch correction."""
 
@@ -184,7 +189,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Optimizer updates of linear warm-up."""
+    """Optimizer updates of linear warm-up; the first one already takes a part of the learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment decays."""
     weight_decay: NonNegative = 0.0
@@ -273,7 +278,7 @@ class RayConfig(Section):
     """Address of a running cluster; None is RAY_ADDRESS if set, else a cluster of this run's own."""
     cpus_per_rank: Positive = 1.0
     """CPUs that Ray reserves for each actor process; fractions share a core."""
-    object_store_gib: Positive | None = None
+    object_store_gib: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] | None = None
     """Object store of a cluster of our own; None leaves it to Ray."""
 
 
@@ -283,7 +288,7 @@ class TimeoutsConfig(Section):
     place: Positive = 60.0
     """Until the cluster has reserved the actors' resources."""
     start: Positive = 600.0
-    """Until an actor has loaded its model (DeepSpeed builds an extension at its first start on a machine)."""
+    """Until every actor has loaded its model."""
     generate: Positive = 1800.0
     """Until all samples of a step are generated."""
     reward: Positive = 1800.0
@@ -303,7 +308,7 @@ class Config(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the folder `output_dir/name` and the wandb run."""
-    output_dir: Path = Path("runs")
+    output_dir: Folder = Path("runs")
     """Where run folders are made."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Drives prompt order, sampling and initialisation."""

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ def run(config: Config) -> Result:
         status = "interrupted"
         raise
     except Exception as error:
-        tracker.event("run_failed", error=type(error).__name__, message=str(error))
+        trace = "".join(traceback.format_exception(error))
+        tracker.event("run_failed", error=type(error).__name__, message=str(error), traceback=trace)
         raise
     finally:
         tracker.close(status)

@@ -63,7 +63,7 @@ def _check_model(config: Config) -> None:
         context = json.loads(file.read_text()).get("max_position_embeddings")
     except (ValueError, AttributeError):
         raise UserError(f"model.path: {file} is not a JSON object; save the model again") from None
-    if context is not None and config.rollout.max_model_len > context:
+    if isinstance(context, int) and config.rollout.max_model_len > context:
         raise UserError(
             f"rollout.max_model_len: {config.rollout.max_model_len} is over the {context} tokens that the model was "
             f"made for (max_position_embeddings in {file}); lower it"
@@ -76,7 +76,13 @@ def _check_weights(folder: Path) -> None:
     names = {file.name for file in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+        try:
+            names |= {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"model.path: {index} is no whole index (a JSON object with weight_map); download or save the model "
+                "again"
+            ) from None
     if not names:
         raise UserError(f"model.path: {folder} holds no *.safetensors; save the model with save_pretrained")
     for name in sorted(names):
@@ -96,7 +102,12 @@ def _load_tokenizer(config: Config) -> Any:
         return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises a dozen kinds here
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model.path: {config.model.path}: no tokenizer could be loaded: {why}; check the folder's tokenizer "
-            "files, or for a Hub name its spelling and the network"
-        ) from None
+        if Path(config.model.path).is_dir():
+            message = f"no tokenizer could be loaded: {why}; check the folder's tokenizer files"
+        else:
+            message = (
+                f"no such folder, and no tokenizer could be loaded from the Hub under that name: {why}; give an "
+                f"existing folder (paths start at the working directory {Path.cwd()}), or check the Hub name's "
+                "spelling and the network"
+            )
+        raise UserError(f"model.path: {config.model.path}: {message}") from None

@@ -86,7 +86,7 @@ def _hint(name: str, owner: Any) -> str:
 
 
 def _load_file(target: str, where: str) -> ModuleType:
-    path = Path(target).expanduser().resolve()
+    path = Path(target).resolve()
     if not path.is_file():
         raise UserError(f"{where}: no such file: {path}; a relative path starts at the working directory")
     stem = re.sub(r"\W", "_", path.stem)

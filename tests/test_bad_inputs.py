@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 import engine
-from engine.cli import USER_ERROR, main
+from engine.cli import FAILURE, USER_ERROR, main
+from engine.config import load_config
+from engine.plan import prepare
 
 
 @dataclass
@@ -105,6 +107,10 @@ def too_long_for_the_model(run: Run) -> None:
     run.set("policy.tokens_per_microbatch", 512)
 
 
+def index(run: Run, content: str) -> None:
+    (run.model() / "model.safetensors.index.json").write_text(content)
+
+
 def same_function_twice(run: Run) -> None:
     run.set("rewards.functions", run.raw["rewards"]["functions"] * 2)
 
@@ -155,6 +161,8 @@ CASES = [
     case("wrong type", lambda r: r.set("rl.steps", "many"), "rl.steps: ", "valid integer", "got 'many'"),
     case("negative size", lambda r: r.set("rl.steps", -3), "rl.steps: ", "greater than or equal to 1", "got -3"),
     case("unknown choice", lambda r: r.set("policy.zero_stage", 5), "policy.zero_stage: ", "0, 1, 2 or 3", "got 5"),
+    case("object store too small", lambda r: r.set("ray.object_store_gib", 0.05), "ray.object_store_gib: ", "0.1"),
+    case("KL without a gradient", lambda r: r.set("algorithm.kl_estimator", "k1"), "kl_estimator: ", "'k2' or 'k3'"),
     case("NaN", lambda r: r.set("optimizer.learning_rate", float("nan")), "optimizer.learning_rate: ", "got nan"),
     case("required section missing", lambda r: r.raw.pop("rl"), "run.yaml: rl: is required", "Sizes of the loop"),
     case("two mistakes", two_mistakes, "rl.steps: ", "got 0", "seed: ", "got -1"),
@@ -181,8 +189,10 @@ CASES = [
     case("empty prompt", lambda r: r.rows(GOOD, '{"prompt": " "}'), "bad.jsonl:2: column 'prompt' is empty"),
     case("answer as last message", lambda r: r.rows('{"prompt": [{"role": "assistant", "content": "1"}]}'),
          "bad.jsonl:1: ", "end with the one to be answered"),
-    case("prompt too long", lambda r: r.rows(GOOD, json.dumps({"prompt": "a b c " * 200})), "row 1: the prompt has",
-         "the limit is 56", "raise data.max_prompt_tokens", "skip or truncate"),
+    case("prompt too long", lambda r: r.rows(GOOD, json.dumps({"prompt": "a b c " * 200})), "jsonl:2: the prompt has",
+         "the limit is 56", "raise data.max_prompt_tokens", "data.on_long_prompt: skip"),
+    case("prompt too long to be cut", lambda r: r.rows(json.dumps({"prompt": "a b c " * 200})) or r.set(
+         "data.on_long_prompt", "truncate"), "cut into the chat template", "shorten them", "bad.jsonl:1: "),
     case("cells missing", lambda r: r.rows("prompt,answer", "one", name="bad.csv"), "bad.csv:2: has 1 cells"),
     case("not parquet", lambda r: r.rows("x", name="bad.parquet"), "bad.parquet: not a valid parquet file"),
     case("unknown kind of file", lambda r: r.rows(GOOD, name="rows.xls"), "rows.xls': unknown kind", ".jsonl"),
@@ -199,13 +209,22 @@ CASES = [
     case("model folder absent", lambda r: r.set("model.path", str(r.folder / "nowhere")), "model.path: ",
          "nowhere: no such folder", "give a folder in Hugging Face format or a Hub name"),
     case("unknown Hub name", lambda r: r.set("model.path", "nobody/nothing"),
-         "model.path: nobody/nothing: no tokenizer", "or for a Hub name its spelling and the network"),
+         "model.path: nobody/nothing: no such folder, and no tokenizer could be loaded from the Hub under that name",
+         "give an existing folder", "or check the Hub name's spelling and the network"),
+    case("model folder not made yet", lambda r: r.set("model.path", "models-of-nobody/SmolLM2-135M-Instruct"),
+         "SmolLM2-135M-Instruct: no such folder, and no tokenizer", "paths start at the working directory"),
     case("no config.json", lambda r: (r.model() / "config.json").unlink(), "has no config.json", "Hugging Face format"),
     case("config.json is junk", lambda r: (r.model() / "config.json").write_text("[]"), "is not a JSON object", "save"),
     case("no weights", lambda r: (r.model() / "model.safetensors").unlink(), "holds no *.safetensors",
          "save_pretrained"),
     case("weights are a stub", lambda r: (r.model() / "model.safetensors").write_text("version https://git-lfs"),
          "model.safetensors is no whole safetensors file", "download"),
+    case("index of weights is cut off", lambda r: index(r, '{"weight_map": {"a": "mod'), "index.json is no whole index",
+         "download or save the model again"),
+    case("index of weights is a list", lambda r: index(r, '["model.safetensors"]'), "index.json is no whole index"),
+    case("index of weights has no map", lambda r: index(r, '{"metadata": {}}'), "index.json is no whole index"),
+    case("map of weights is a list", lambda r: index(r, '{"weight_map": ["a"]}'), "index.json is no whole index"),
+    case("index of weights names no file", lambda r: index(r, '{"weight_map": {"a": 3}}'), "is no whole safetensors"),
     case("tokenizer is junk", lambda r: (r.model() / "tokenizer.json").write_text("{"), "model.path: ", "no tokenizer",
          "check the folder's tokenizer files"),
     case("context too short", too_long_for_the_model, "rollout.max_model_len: 512", "256 tokens", "lower it"),
@@ -284,12 +303,29 @@ def test_a_mistake_is_told_clearly_before_anything_starts_and_leaves_nothing_beh
 
 
 def test_the_run_that_the_cases_spoil_is_itself_accepted_and_goes_on_to_the_cluster(
-    run: Run, without_cluster: None, monkeypatch: pytest.MonkeyPatch
+    run: Run, without_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.file("run.yaml", yaml.safe_dump(run.raw))
     monkeypatch.setattr(sys, "argv", ["gnomon", "run", str(run.config)])
-    with pytest.raises(ImportError, match=r"engine\.cluster"):
+    with pytest.raises(SystemExit) as end:
         main()
+    assert end.value.code == FAILURE
+    assert "failed: import of engine.cluster halted" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(run.folder))
+    model = run.model()
+    run.set("output_dir", "~/runs")
+    run.set("model.path", "~/model")
+    run.set("data.train", "~/rows.jsonl")
+    run.set("data.evaluation", {"path": "~/*.jsonl"})
+    run.set("rewards.functions", ["~/my_rewards.py:share_of_e"])
+    config = load_config(run.file("run.yaml", yaml.safe_dump(run.raw)))
+    assert config.run_dir == run.folder / "runs" / "test"
+    assert config.model.path == str(model)
+    assert config.rewards.functions[0].function == f"{run.folder}/my_rewards.py:share_of_e"
+    assert len(prepare(config).train_prompts) == 8
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["rnu"], ["run", "x.yaml", "--steps", "3"]])

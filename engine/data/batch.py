@@ -75,11 +75,3 @@ class Batch:
 
     def _starts(self) -> np.ndarray:
         return np.cumsum(self.seq_lens, dtype=np.int64) - self.seq_lens
-
-    @staticmethod
-    def concat(batches: Sequence[Batch]) -> Batch:
-        """One batch of all samples, in order. The batches have the same components and annotations."""
-        flat = {n: np.concatenate([getattr(b, n) for b in batches]) for n in (*TOKEN_FIELDS, *SAMPLE_FIELDS)}
-        rewards = {n: np.concatenate([b.rewards[n] for b in batches]) for n in batches[0].rewards}
-        annotations = {n: np.concatenate([b.annotations[n] for b in batches]) for n in batches[0].annotations}
-        return Batch(**flat, rewards=rewards, annotations=annotations)

@@ -15,12 +15,10 @@ from engine.data.sources import Rows, bad_rows_error
 class Prompt:
     """What the model is given, and the row it came from."""
 
-    index: int
-    """Position of the row in `Rows.rows`, from 0."""
     token_ids: tuple[int, ...]
     """What the model sees, ready to be continued."""
     prompt: str | list[dict[str, Any]]
-    """As in the row: text or messages."""
+    """As in the row: text or messages; of a prompt that was cut, the text that is left."""
     row: dict[str, Any]
     """All columns."""
 
@@ -39,7 +37,8 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
 
     With a chat template (`data.chat_template`), text becomes a user message after `data.system_prompt`, and the ids
     are those of the template itself, with its generation prompt. Without one, text is tokenised with the tokenizer's
-    special tokens. `data.on_long_prompt` "truncate" keeps the last `max_prompt_tokens` ids.
+    special tokens. `data.on_long_prompt` "truncate" keeps the last `max_prompt_tokens` ids of plain text; the start of
+    a chat template is never cut off.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -47,37 +46,50 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
 
     Raises:
         UserError: a template is needed and there is none, or it is malformed; a prompt cannot be rendered (unless
-            `data.on_bad_row` is "skip") or is too long (unless `data.on_long_prompt` says otherwise); none is left.
+            `data.on_bad_row` is "skip") or is too long (unless `data.on_long_prompt` is "skip", or "truncate" and no
+            template is used); none is left.
     """
     templated = _uses_template(tokenizer, data)
     prompts: list[Prompt] = []
     unusable: list[str] = []
     too_long: list[str] = []
     skipped: list[str] = []
-    for index, row in enumerate(rows.rows):
+    for place, row in zip(rows.places, rows.rows, strict=True):
         try:
             ids = _tokenise(row["prompt"], tokenizer, templated, data.system_prompt)
         except _PromptError as error:
-            unusable.append(f"row {index}: {error}")
+            unusable.append(f"{place}: {error}")
             skipped.append(unusable[-1])
             continue
-        if len(ids) > max_prompt_tokens and data.on_long_prompt != "truncate":
-            too_long.append(f"row {index}: the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}")
+        prompt = row["prompt"]
+        if len(ids) > max_prompt_tokens and data.on_long_prompt == "truncate" and not templated:
+            ids = ids[-max_prompt_tokens:]
+            prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        elif len(ids) > max_prompt_tokens:
+            too_long.append(f"{place}: the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}")
             skipped.append(too_long[-1])
             continue
-        prompts.append(Prompt(index, tuple(ids[-max_prompt_tokens:]), row["prompt"], row))
+        prompts.append(Prompt(tuple(ids), prompt, row))
     if unusable and data.on_bad_row == "fail":
         raise bad_rows_error("prompts", unusable, len(rows.rows))
-    if too_long and data.on_long_prompt == "fail":
-        shown = "".join(f"\n  {reason}" for reason in too_long[:10])
-        raise UserError(
-            f"{len(too_long)} of {len(rows.rows)} prompts are too long; raise data.max_prompt_tokens (or "
-            f"rollout.max_model_len), or set data.on_long_prompt: skip or truncate{shown}"
-        )
+    if too_long and data.on_long_prompt != "skip":
+        raise _too_long_error(too_long, len(rows.rows), data, templated)
     if not prompts:
         shown = "".join(f"\n  {reason}" for reason in skipped[:10])
         raise UserError(f"no prompt is left: all {len(rows.rows)} rows were skipped{shown}")
     return PreparedPrompts(prompts, [*rows.skipped, *skipped])
+
+
+def _too_long_error(too_long: list[str], total: int, data: DataConfig, templated: bool) -> UserError:
+    shown = "".join(f"\n  {reason}" for reason in too_long[:10])
+    what = f"{len(too_long)} of {total} prompts are too long"
+    if data.on_long_prompt == "truncate":
+        what += ", and data.on_long_prompt: truncate would cut into the chat template"
+    choices = "skip" if templated else "skip or truncate"
+    return UserError(
+        f"{what}; shorten them, raise data.max_prompt_tokens (or rollout.max_model_len), or set "
+        f"data.on_long_prompt: {choices}{shown}"
+    )
 
 
 class _PromptError(Exception):

@@ -26,6 +26,8 @@ class Rows:
     """Usable rows, with the columns renamed, and why others were left out."""
 
     rows: list[dict[str, Any]]
+    places: list[str]
+    """Where each of `rows` came from: `file:line`, `file: row N`, `callable: row N`, `dataset [split]: row N`."""
     skipped: list[str]
     """One `place: reason` for each bad row, in order."""
 
@@ -57,6 +59,7 @@ def load_rows(
         UserError: the source cannot be read, a row is bad and `on_bad_row` is "fail", or no row is usable.
     """
     rows: list[dict[str, Any]] = []
+    places: list[str] = []
     problems: list[str] = []
     for read in _read_source(source):
         checked, problem = (None, read.problem) if read.problem else _check(read.row, columns, required)
@@ -64,22 +67,23 @@ def load_rows(
             problems.append(f"{read.place}: {problem}")
         else:
             rows.append(checked)
+            places.append(read.place)
     if problems and on_bad_row == "fail":
-        raise bad_rows_error(source.path, problems, len(rows) + len(problems))
+        raise bad_rows_error(f"data source {source.path!r}", problems, len(rows) + len(problems))
     if not rows:
         detail = "".join(f"\n  {p}" for p in problems[:_SHOWN])
         why = f"all {len(problems)} are bad; mend them" if problems else "it is empty; give it at least one"
         raise UserError(f"data source {source.path!r}: there are no usable rows: {why}{detail}")
-    return Rows(rows, problems)
+    return Rows(rows, places, problems)
 
 
 def bad_rows_error(where: str, problems: Sequence[str], total: int) -> UserError:
-    """The one error for all bad rows of a source: the first few, the count, the remedy."""
+    """The one error for all bad rows: the first few, the count, the remedy."""
     shown = "".join(f"\n  {p}" for p in problems[:_SHOWN])
     more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return UserError(
-        f"data source {where!r}: {len(problems)} bad of {total} rows; mend them, or set data.on_bad_row: skip to "
-        f"leave them out{shown}{more}"
+        f"{where}: {len(problems)} bad of {total} rows; mend them, or set data.on_bad_row: skip to leave them out"
+        f"{shown}{more}"
     )
 
 
@@ -87,10 +91,9 @@ def _read_source(source: SourceConfig) -> Iterator[_Read]:
     path = source.path
     if _CALLABLE.fullmatch(path):
         return _read_callable(path, source.arguments)
-    if Path(path).expanduser().is_dir():
-        return _read_dataset(str(Path(path).expanduser()), source)
-    expanded = str(Path(path).expanduser())
-    files = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))
+    if Path(path).is_dir():
+        return _read_dataset(path, source)
+    files = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
     files = [f for f in files if Path(f).is_file()]
     if files:
         readers = [(file, _reader_of(file)) for file in files]

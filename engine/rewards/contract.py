@@ -103,7 +103,7 @@ class Sample:
     id: int
     """Unique in the run."""
     prompt: str | list[dict[str, Any]]
-    """As in the data row: text or messages."""
+    """As in the data row: text or messages; of a prompt that was cut, the text that is left."""
     completion: str
     """The response, decoded, special tokens left out."""
     row: Row

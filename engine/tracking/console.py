@@ -18,8 +18,6 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from engine.tracking.redact import redact
-
 STEPS_IN_ETA = 20
 """The ETA takes the mean of this many last steps, so that it follows responses that grow longer."""
 
@@ -72,10 +70,6 @@ class Progress:
         if self._bar:
             state = f"{step}/{self._total}" + (f"  ETA {self._eta(step)}" if self._seconds else "")
             self._bar.update(self._task, completed=step, state=state)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar, secrets masked."""
-        self._print(redact(text))
 
     def _eta(self, step: int) -> str:
         left = max(0, self._total - step) * sum(self._seconds) / len(self._seconds)

@@ -1,4 +1,4 @@
-"""What happened in a run, one JSON line each: started, stage begun, sample dropped, engine restarted, ended."""
+"""What happened in a run, one JSON line each: started, row skipped, reward failed, evaluated, note, failed, ended."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 
-from actors.group import ActorError, DeadlineError, Slots, WorkerGroup, wait_ready
+from actors.group import ActorError, DeadlineError, Slots, WorkerGroup, start_all
 from engine.config import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -17,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 class Worker:
     def __init__(self, rank: int, broken: bool = False) -> None:
         self.rank = rank
-        if broken:
+        self.broken = broken
+
+    def start(self) -> None:
+        if self.broken:
             raise OSError("no such device")
 
     def double(self, value: int) -> int:
@@ -55,14 +58,14 @@ def placement():
 
 def test_results_come_back_in_rank_order(placement):
     group = make_group(placement)
-    wait_ready([group], 60)
+    start_all([group], 60)
     assert group.call("double", 5, timeout_s=60) == [10, 11]
     assert group.scatter("double", [1, 2], timeout_s=60) == [2, 5]
 
 
 def test_one_ranks_exception_surfaces_at_once_even_if_others_hang(placement):
     group = make_group(placement)
-    wait_ready([group], 60)
+    start_all([group], 60)
     start = time.monotonic()
     with pytest.raises(ActorError, match=r"worker\[0\]: fail_or_hang\(\) raised after .* s: KeyError: 'weights'"):
         group.call("fail_or_hang", timeout_s=300)
@@ -71,26 +74,26 @@ def test_one_ranks_exception_surfaces_at_once_even_if_others_hang(placement):
 
 def test_a_missed_deadline_names_who_is_late_with_what(placement):
     group = make_group(placement)
-    wait_ready([group], 60)
+    start_all([group], 60)
     with pytest.raises(DeadlineError, match=r"^worker\[1\]: no answer from hang\(\) after 2\.\d s \(deadline 2 s"):
         group.call("hang", timeout_s=2)
 
 
 def test_a_dead_rank_is_an_error_that_says_so(placement):
     group = make_group(placement)
-    wait_ready([group], 60)
+    start_all([group], 60)
     with pytest.raises(ActorError, match=r"worker\[1\]: died after .* s in die\(\)"):
         group.call("die", timeout_s=120)
 
 
-def test_a_constructor_that_raises_is_named_with_its_cause(placement):
+def test_a_rank_that_does_not_start_is_named_with_its_cause(placement):
     group = make_group(placement, arguments=((0,), (1, True)))
-    with pytest.raises(ActorError, match=r"worker\[1\].*no such device"):
-        wait_ready([group], 60)
+    with pytest.raises(ActorError, match=r"worker\[1\]: start\(\) raised after .* s: OSError: no such device"):
+        start_all([group], 60)
 
 
 def test_the_users_mistakes_come_back_as_such(placement):
     group = make_group(placement)
-    wait_ready([group], 60)
+    start_all([group], 60)
     with pytest.raises(UserError, match=r"^data\.train: mend the rows$"):
         group.call("complain", timeout_s=60)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.group import Slots, WorkerGroup, rendezvous, wait_ready
+from actors.group import Slots, WorkerGroup, rendezvous, start_all
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from engine.cluster import trainer_environment
@@ -41,7 +43,7 @@ class Session:
         arguments = [(config, info) for info in rendezvous(slots, 60)]
         env = trainer_environment("cpu", 1)
         self.workers = WorkerGroup("policy", PolicyActor, slots, arguments=arguments, env=env)
-        wait_ready([self.workers], 300)
+        start_all([self.workers], 300)
         self.policy = PolicyGroup(config, self.workers)
 
     def __enter__(self) -> PolicyGroup:
@@ -121,6 +123,7 @@ def test_the_reference_agrees_with_the_untrained_policy(raw_config, batch):
     workers = WorkerGroup(
         "reference", ReferenceActor, slots, arguments=[(config,)] * 2, env=trainer_environment("cpu", 1)
     )
+    start_all([workers], 120)
     with Session(config) as policy:
         ours = policy.logprobs(batch)
         theirs = ReferenceGroup(config, workers, policy.hidden_size).logprobs(batch)
@@ -129,9 +132,11 @@ def test_the_reference_agrees_with_the_untrained_policy(raw_config, batch):
     assert np.abs(ours - theirs).max() < 1e-5
 
 
-def test_the_saved_model_is_the_trained_one_and_loads_with_transformers(raw_config, batch, tmp_path):
+def test_the_saved_model_is_the_trained_one_and_loads_with_transformers(raw_config, tiny_model, batch, tmp_path):
+    start = shutil.copytree(tiny_model, tmp_path / "start")
+    (start / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')  # loads, but cannot be saved
     folder = tmp_path / "model"
-    with Session(configure(raw_config, ranks=2, zero_stage=3)) as policy:
+    with Session(configure(raw_config, model={"path": str(start)}, ranks=2, zero_stage=3)) as policy:
         policy.update([batch])
         ours_T = policy.logprobs(batch)
         policy.save(folder)

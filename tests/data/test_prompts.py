@@ -13,7 +13,9 @@ from engine.data.sources import Rows
 
 
 def build(tokenizer: Any, *prompts: Any, limit: int = 100, **data: Any) -> PreparedPrompts:
-    rows = Rows([{"prompt": p, "answer": i} for i, p in enumerate(prompts)], ["file.jsonl:9: not valid JSON"])
+    columns = [{"prompt": p, "answer": i} for i, p in enumerate(prompts)]
+    places = [f"file.jsonl:{10 * i}" for i in range(1, len(prompts) + 1)]
+    rows = Rows(columns, places, ["file.jsonl:9: not valid JSON"])
     return build_prompts(rows, tokenizer, data=DataConfig(train="x", **data), max_prompt_tokens=limit)
 
 
@@ -55,7 +57,7 @@ def test_the_system_prompt_goes_before_prompts_that_bring_none(chat_tokenizer: P
 
 def test_a_prompt_keeps_its_row(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = build(chat_tokenizer, "one", "two").prompts[1]
-    assert (prompt.index, prompt.prompt, prompt.row) == (1, "two", {"prompt": "two", "answer": 1})
+    assert (prompt.prompt, prompt.row) == ("two", {"prompt": "two", "answer": 1})
 
 
 def test_always_without_a_template_is_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -64,7 +66,7 @@ def test_always_without_a_template_is_refused(plain_tokenizer: PreTrainedTokeniz
 
 
 def test_messages_without_a_template_are_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="row 1: the prompt is a list of messages, which needs a chat template"):
+    with pytest.raises(UserError, match="jsonl:20: the prompt is a list of messages, which needs a chat template"):
         build(plain_tokenizer, "one", [{"role": "user", "content": "one"}])
 
 
@@ -74,8 +76,10 @@ def test_a_system_prompt_that_would_be_ignored_is_refused(plain_tokenizer: PreTr
 
 
 @pytest.mark.parametrize("limit", [3, 4])
-def test_long_prompts_fail_with_their_rows_and_lengths(plain_tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
-    with pytest.raises(UserError, match=f"1 of 2 prompts are too long(.|\n)*row 1: .* 5 tokens, the limit is {limit}"):
+def test_long_prompts_fail_with_their_places_and_lengths(plain_tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+    with pytest.raises(
+        UserError, match=f"1 of 2 prompts are too long(.|\n)*jsonl:20: .* 5 tokens, the limit is {limit}"
+    ):
         build(plain_tokenizer, "one", "one two three four", limit=limit)
 
 
@@ -85,17 +89,41 @@ def test_a_prompt_of_exactly_the_limit_is_not_too_long(plain_tokenizer: PreTrain
 
 def test_long_prompts_are_skipped_and_told(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     prepared = build(plain_tokenizer, "one two three", "one", limit=2, on_long_prompt="skip")
-    assert [p.index for p in prepared.prompts] == [1]
+    assert [p.prompt for p in prepared.prompts] == ["one"]
     assert prepared.skipped == [
         "file.jsonl:9: not valid JSON",
-        "row 0: the prompt has 4 tokens, the limit is 2",
+        "file.jsonl:10: the prompt has 4 tokens, the limit is 2",
     ]
 
 
-def test_truncation_keeps_the_end(plain_tokenizer: PreTrainedTokenizerFast) -> None:
-    prepared = build(plain_tokenizer, "one two three four", limit=2, on_long_prompt="truncate")
-    assert words(plain_tokenizer, prepared) == ["three four"]
-    assert prepared.prompts[0].prompt == "one two three four"
+def test_truncation_keeps_the_end_and_the_prompt_becomes_what_the_model_sees(
+    plain_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    prepared = build(plain_tokenizer, "one two three four", "one", limit=2, on_long_prompt="truncate")
+    assert words(plain_tokenizer, prepared) == ["three four", "<s> one"]
+    assert [p.prompt for p in prepared.prompts] == ["three four", "one"]
+    assert prepared.prompts[0].row["prompt"] == "one two three four"
+
+
+def test_truncation_shows_special_tokens_that_the_model_sees(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    prepared = build(plain_tokenizer, "one two </s> three", limit=2, on_long_prompt="truncate")
+    assert prepared.prompts[0].prompt == "</s> three"
+
+
+def test_truncation_never_cuts_a_chat_template(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    fits = build(chat_tokenizer, "one", limit=4, on_long_prompt="truncate")
+    assert words(chat_tokenizer, fits) == ["<user> one </s> <assistant>"]
+    with pytest.raises(UserError, match=r"1 of 2 .* would cut into the chat template; shorten them(.|\n)*jsonl:20: "):
+        build(chat_tokenizer, "one", "one two", limit=4, on_long_prompt="truncate")
+    cut = build(chat_tokenizer, "one two", limit=2, on_long_prompt="truncate", chat_template="never")
+    assert words(chat_tokenizer, cut) == ["one two"]
+
+
+def test_only_what_helps_against_long_prompts_is_proposed(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"on_long_prompt: skip\n"):
+        build(chat_tokenizer, "one two", limit=2)
+    with pytest.raises(UserError, match=r"on_long_prompt: skip or truncate\n"):
+        build(chat_tokenizer, "one two", limit=2, chat_template="never")
 
 
 def test_nothing_left_is_an_error_with_the_reasons(plain_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -107,14 +135,17 @@ LATE_SYSTEM = [{"role": "user", "content": "one"}, {"role": "system", "content":
 
 
 def test_a_row_that_the_template_refuses_is_named(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"row 1: the chat template failed: .*the system message comes first"):
+    with pytest.raises(
+        UserError,
+        match=r"^prompts: 1 bad of 2 (.|\n)*jsonl:20: the chat template failed: .* comes first",
+    ):
         build(chat_tokenizer, "one", LATE_SYSTEM)
 
 
 def test_a_row_that_the_template_refuses_can_be_skipped(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     prepared = build(chat_tokenizer, LATE_SYSTEM, "one", on_bad_row="skip")
-    assert [p.index for p in prepared.prompts] == [1]
-    assert "the system message comes first" in prepared.skipped[-1]
+    assert [p.prompt for p in prepared.prompts] == ["one"]
+    assert prepared.skipped[-1].startswith("file.jsonl:10: the chat template failed: ")
 
 
 def test_a_malformed_template_is_told_as_such(chat_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -53,7 +53,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet"])
 def test_every_file_format_gives_the_same_rows(folder: Path, suffix: str) -> None:
     write(folder / f"train.{suffix}", ROWS)
-    assert load(f"train.{suffix}") == Rows(ROWS, [])
+    loaded = load(f"train.{suffix}")
+    assert (loaded.rows, loaded.skipped) == (ROWS, [])
 
 
 def test_a_glob_reads_its_files_in_order_of_name(folder: Path) -> None:
@@ -72,6 +73,42 @@ def test_blank_lines_and_a_byte_order_mark_are_no_errors(folder: Path) -> None:
 def test_a_quoted_csv_cell_may_hold_commas_and_line_breaks(folder: Path) -> None:
     (folder / "a.csv").write_text('prompt,answer\n"a, b\nc",1\n')
     assert load("a.csv").rows == [{"prompt": "a, b\nc", "answer": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n\n{}\n{"prompt": "y"}\n', ["a.jsonl:1", "a.jsonl:4"]),
+        ("a.json", b'[{"prompt": "x"}, 3, {"prompt": "y"}]', ["a.json: item 1", "a.json: item 3"]),
+        ("a.csv", b'prompt\n"x\nx"\n""\ny\n', ["a.csv:2", "a.csv:5"]),
+    ],
+)
+def test_usable_rows_keep_their_places_in_the_file(folder: Path, name: str, content: bytes, places: list[str]) -> None:
+    (folder / name).write_bytes(content)
+    assert load(name, on_bad_row="skip").places == places
+
+
+def test_rows_of_parquet_callables_and_datasets_are_numbered_from_one(folder: Path) -> None:
+    write(folder / "a.parquet", [{"prompt": "x"}, {"prompt": ""}, {"prompt": "y"}])
+    (folder / "source.py").write_text("def make():\n    return [{'prompt': 'x'}, {'prompt': ''}, {'prompt': 'y'}]\n")
+    (folder / "things").mkdir()
+    write(folder / "things" / "train.jsonl", ROWS)
+    assert load("a.parquet", on_bad_row="skip").places == ["a.parquet: row 1", "a.parquet: row 3"]
+    assert load("source.py:make", on_bad_row="skip").places == ["source.py:make: row 1", "source.py:make: row 3"]
+    assert load("things").places == ["things [train]: row 1", "things [train]: row 2"]
+
+
+def test_a_tilde_is_the_home_folder_for_files_datasets_and_callables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home" / "things").mkdir(parents=True)
+    write(folder / "home" / "a.jsonl", ROWS)
+    write(folder / "home" / "things" / "train.jsonl", ROWS)
+    (folder / "home" / "source.py").write_text("def make():\n    return [{'prompt': 'x'}]\n")
+    assert load("~/a.jsonl").places[0] == f"{folder}/home/a.jsonl:1"
+    assert load("~/*.jsonl").rows == load("~/things").rows == ROWS
+    assert load("~/source.py:make").rows == [{"prompt": "x"}]
 
 
 def test_a_message_list_is_a_prompt(folder: Path) -> None:
@@ -262,5 +299,5 @@ def test_other_required_columns_can_be_asked_for(folder: Path) -> None:
     write(folder / "a.jsonl", [{"text": "hello"}, {"text": None}])
     source = SourceConfig(path="a.jsonl")
     assert load_rows(source, columns={}, on_bad_row="skip", required=("text",)) == Rows(
-        [{"text": "hello"}], ["a.jsonl:2: column 'text' is empty"]
+        [{"text": "hello"}], ["a.jsonl:1"], ["a.jsonl:2: column 'text' is empty"]
     )
