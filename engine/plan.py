@@ -51,7 +51,8 @@ def _check_model(config: Config) -> None:
     """The folder is one, and its context holds `rollout.max_model_len`. A Hub name is checked with its tokenizer."""
     folder = Path(config.model.path)
     if not folder.is_dir():
-        if folder.is_absolute() or config.model.path.count("/") != 1 or folder.parent.is_dir():
+        slashes = config.model.path.count("/")
+        if folder.is_absolute() or slashes > 1 or (slashes == 1 and folder.parent.is_dir()):
             raise UserError(
                 f"model.path: {config.model.path}: no such folder; give a folder in Hugging Face format or a Hub name"
             )
