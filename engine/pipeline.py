@@ -40,11 +40,12 @@ def run(config: Config) -> Result:
                 tracker.note(f"{len(plan.skipped)} rows skipped (events.jsonl says why)")
             if config.ray.address is None:
                 use_private_token()
-            from engine import cluster  # Ray and the actors' libraries, only once the preflight has passed
+            # Ray and the actors' libraries, only once the preflight has passed
+            from engine.cluster import connected, started_workers
 
-            with cluster.connected(config):
+            with connected(config):
                 catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
-                with cluster.started_workers(config) as workers:
+                with started_workers(config) as workers:
                     result = RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts).run()
         status = "succeeded"
         return result
