@@ -39,8 +39,11 @@ def packaged_weights() -> Path:
 
 def dequantise(source: Path, out: Path) -> None:
     """Write tokenizer, chat template and float32 weights (134.5M parameters, tied embeddings) from GGUF to `out`."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would look for one aloud
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF)
     config = quantised.config
