@@ -23,7 +23,7 @@ def test_one_step_of_the_quickstart_on_the_packaged_model(tmp_path, monkeypatch)
     script = [sys.executable, "examples/quickstart/model.py", str(model)]
     subprocess.run(script, check=True, timeout=300)
     assert "is there already" in subprocess.run(script, check=True, timeout=60, capture_output=True, text=True).stdout
-    changes = ["rl.steps=1", "rl.prompts_per_step=4", "evaluation.prompts=8", f"model.path={model}"]
+    changes = ["rl.steps=1", "evaluation.prompts=8", f"model.path={model}"]
     result = pipeline.run(load_config("examples/quickstart/quickstart.yaml", [*changes, f"output_dir={tmp_path}"]))
     metrics = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
     [step] = [m for m in metrics if "policy/loss" in m]

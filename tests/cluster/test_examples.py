@@ -1,0 +1,28 @@
+"""Every example runs as it is, but for fewer steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import pipeline
+from engine.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_two_rewards_on_two_engines(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    changes = ["rl.steps=1", f"model.path={tiny_model}", f"output_dir={tmp_path}"]
+    config = load_config("examples/two_rewards/two_rewards.yaml", changes)
+    pipeline.run(config)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    [step] = [m for m in lines if "policy/loss" in m]
+    total = step["reward/names_the_capital/mean"] + 0.2 * step["reward/brevity/mean"]
+    assert step["reward/mean"] == pytest.approx(total, abs=1e-5)
+    assert step["reward/brevity/mean"] > 0
+    assert list((config.run_dir / "wandb").glob("offline-run-*"))
