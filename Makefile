@@ -1,4 +1,4 @@
-# Set-up and checks. `make quickstart` and `make test` need nothing but Python 3.11 or newer and make.
+# Set-up and checks. `make quickstart` and `make test` need Python 3.11 or newer with its headers, a C compiler and make.
 # ARGS goes to the command: make quickstart ARGS='seed=1 name=quickstart-1'; make test ARGS='-k tracking'.
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@echo "Installing $(LOCK) into $(VENV): about 3 minutes"
 	@$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) || \
 	  { echo "If torch's +cpu build was not found: it must be reachable through pip's settings" \
-	         "(PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)"; exit 1; }
+	         "(PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL). If pycosat was not built: install a C compiler and" \
+	         "Python's headers (Debian: apt-get install gcc python3-dev)"; exit 1; }
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@

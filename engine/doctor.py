@@ -236,5 +236,5 @@ def _compiler(report: Report) -> None:
     if compiler:
         report.add("C compiler", compiler)
     else:
-        need = "only GPU runs need it (Triton compiles their kernels)"
+        need = "the lock builds pycosat, and GPU runs compile kernels"
         report.add("C compiler", "not found", "warning", f"{need}; install gcc (Debian: apt-get install gcc)")

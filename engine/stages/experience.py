@@ -56,11 +56,11 @@ def collect_groups(
         for key, (prompt, group_seeds) in enumerate(zip(prompts, seeds, strict=True))
     ]
     generations: dict[int, list[Generation]] = {}
-    for key, generated in workers.rollouts.generate(requests, settings):
-        generations[key] = generated
-        workers.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
     scores: dict[int, Scores] = {}
     try:
+        for key, generated in workers.rollouts.generate(requests, settings):
+            generations[key] = generated
+            workers.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
         for key, scored in workers.rewards.collect():
             scores[key] = scored
             _record(tracker, scored.incidents)
