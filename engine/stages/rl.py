@@ -187,6 +187,7 @@ class RLStage:
             "rollout/response_length": float(lengths.mean()),
             "rollout/truncated_fraction": float(np.mean([g.finish_reason == "length" for g in generations])),
             "rollout/tokens": float(len(batch.tokens)),
+            "rollout/epoch": float(self.sampler.epoch),
             "time/tokens_per_second": len(batch.tokens) / self._seconds["step"],
         }
         metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
