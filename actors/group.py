@@ -150,10 +150,11 @@ class WorkerGroup:
         pending = {self.submit(r, method, *args, **kwargs): self.rank_name(r) for r in range(len(self.actors))}
         return gather(pending, method, timeout_s)
 
-    def scatter(self, method: str, per_rank: Sequence[Any], *, timeout_s: float) -> list[Any]:
-        """One argument per rank; results in rank order."""
+    def scatter(self, method: str, per_rank: Sequence[Any], *, timeout_s: float, **kwargs: Any) -> list[Any]:
+        """One argument per rank, and the same keywords for all; results in rank order."""
         shares = enumerate(per_rank)
-        return gather({self.submit(r, method, arg): self.rank_name(r) for r, arg in shares}, method, timeout_s)
+        pending = {self.submit(r, method, arg, **kwargs): self.rank_name(r) for r, arg in shares}
+        return gather(pending, method, timeout_s)
 
     def kill(self) -> None:
         """End the actors at once."""
@@ -176,10 +177,16 @@ class Split:
     plan: list[list[list[int]]]
 
     @staticmethod
-    def of(batch: Batch, *, ranks: int, token_budget: int, hidden_size: int) -> Split:
-        """Plan the split of a batch (see `plan_microbatches`)."""
-        lens = batch.seq_lens.tolist()
-        return Split(batch, plan_microbatches(lens, ranks=ranks, token_budget=token_budget, hidden_size=hidden_size))
+    def of(batch: Batch, *, ranks: int, token_budget: int, hidden_size: int, whole_groups: bool = False) -> Split:
+        """Plan the split of a batch (see `plan_microbatches`); `whole_groups` keeps a group's samples together.
+
+        The budget is raised to the largest group.
+        """
+        units = batch.groups() if whole_groups else [[sample] for sample in range(len(batch))]
+        lens = [int(batch.seq_lens[unit].sum()) for unit in units]
+        budget = max([token_budget, *lens]) if whole_groups else token_budget
+        plan = plan_microbatches(lens, ranks=ranks, token_budget=budget, hidden_size=hidden_size)
+        return Split(batch, [[[s for unit in micro for s in units[unit]] for micro in share] for share in plan])
 
     def shares(self) -> list[list[Batch]]:
         """The micro-batches of each rank."""

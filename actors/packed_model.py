@@ -1,4 +1,4 @@
-"""A language model over packed samples: one row without padding, attention within each sample, one head for log-probs.
+"""Models over packed samples: one row without padding, attention within each sample, and a head for what is asked.
 
 Samples lie one after the other in a single row; `position_ids` restart with each, and the boundaries travel as the
 `cu_seq_lens` arguments that flash attention takes. Where flash attention is not to be had (the CPU, or a GPU without
@@ -8,16 +8,19 @@ the package) `ragged_sdpa` reads the same arguments and attends sample by sample
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from engine.algorithms.distillation import chunked_generalized_jsd
 from engine.algorithms.logprobs import token_logprobs
 from engine.config import Config, UserError
 from engine.data.batch import Batch
@@ -78,25 +81,42 @@ def attention_for(device: str, flash_attention_installed: bool) -> str:
     return "flash_attention_2" if device == "cuda" and flash_attention_installed else RAGGED_SDPA
 
 
-def load_language_model(config: Config) -> PreTrainedModel:
-    """The starting model on the host, without dropout.
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Arguments with which every model of a run is loaded."""
+    return {
+        "dtype": getattr(torch, config.dtype),
+        "trust_remote_code": config.model.trust_remote_code,
+        "attn_implementation": attention_for(config.device, importlib.util.find_spec("flash_attn") is not None),
+    }
+
+
+def load_language_model(config: Config, *, path: str | None = None, quantization: Any = None) -> PreTrainedModel:
+    """The starting model (or the one at `path`) on the host, without dropout; random weights if its folder has none.
+
+    `quantization` is a transformers quantization configuration for the frozen weights below an adapter.
 
     Raises:
         UserError: its output layer is not a plain projection, so log-probs would be wrong.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.model.trust_remote_code,
-        attn_implementation=attention_for(config.device, importlib.util.find_spec("flash_attn") is not None),
-    )
+    arguments = model_arguments(config)
+    if path is None and config.model.new is not None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path), **arguments)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path or config.model.path, quantization_config=quantization, **arguments
+        )
     head = model.get_output_embeddings()
     scaled = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)]
     if getattr(head, "bias", None) is not None or scaled:
         raise UserError(
-            f"model.path: {config.model.path} changes its logits after the projection "
+            f"model.path: {path or config.model.path} changes its logits after the projection "
             f"({', '.join(scaled) or 'a bias'}), which the chunked log-probs do not compute; use another model"
         )
+    return without_dropout(model)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, with every dropout switched off."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -150,27 +170,47 @@ class PackedRow:
         )
 
 
-class PackedLogProbs(nn.Module):
-    """Log-probability and entropy of each trained token, from hidden states, at the sampling temperature."""
+class PackedModel(nn.Module):
+    """The body of a model over a packed row."""
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, hidden_states: Callable[[PackedRow], torch.Tensor] | None = None
+    ) -> None:
+        """An adapter brings its own way to the `hidden_states`."""
         super().__init__()
         self.model = model
-        self.head = LogProbHead(model.get_output_embeddings().weight, temperature=temperature)
+        self._hidden_states = hidden_states or partial(packed_hidden_states, model)
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """Last hidden states [T, H]."""
+        return self._hidden_states(row)
+
+
+def packed_hidden_states(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+    """Last hidden states [T, H] of a packed row."""
+    return model.base_model(
+        input_ids=row.tokens,
+        position_ids=row.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        cu_seq_lens_q=row.cu_seq_lens,
+        cu_seq_lens_k=row.cu_seq_lens,
+        max_length_q=row.max_seq_len,
+        max_length_k=row.max_seq_len,
+    ).last_hidden_state[0]
+
+
+class PackedLogProbs(nn.Module):
+    """Log-probability and entropy of each trained token, from hidden states, at a temperature."""
+
+    def __init__(self, packed: PackedModel, *, temperature: float) -> None:
+        super().__init__()
+        self.packed = packed
+        self.head = LogProbHead(packed.model.get_output_embeddings().weight, temperature=temperature)
 
     def forward(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (logp [R], entropy [R], without gradient) in float32."""
-        hidden = self.model.base_model(
-            input_ids=row.tokens,
-            position_ids=row.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            cu_seq_lens_q=row.cu_seq_lens,
-            cu_seq_lens_k=row.cu_seq_lens,
-            max_length_q=row.max_seq_len,
-            max_length_k=row.max_seq_len,
-        ).last_hidden_state[0]
-        return self.head(hidden[row.predictors], row.targets)
+        return self.head(self.packed(row)[row.predictors], row.targets)
 
 
 class LogProbHead(nn.Module):
@@ -184,3 +224,62 @@ class LogProbHead(nn.Module):
     def forward(self, hidden_T: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [R, H], targets [R] -> (logp [R], entropy [R])."""
         return token_logprobs(hidden_T, self.weight, targets_T, temperature=self.temperature)
+
+
+class PackedDivergence(nn.Module):
+    """How far each trained token's distribution is from a frozen teacher's of the same vocabulary."""
+
+    def __init__(self, packed: PackedModel, teacher: PreTrainedModel, *, beta: float, temperature: float) -> None:
+        super().__init__()
+        self.packed = packed
+        self.head = DivergenceHead(packed.model.get_output_embeddings().weight, beta=beta, temperature=temperature)
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: no parameter of this module's own
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedDivergence:
+        """Moves the teacher along to other devices and types."""
+        self._teacher[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (generalized Jensen-Shannon divergence [R], the student's entropy [R], without gradient)."""
+        [teacher] = self._teacher
+        with torch.no_grad():
+            teacher_hidden_T = packed_hidden_states(teacher, row)[row.predictors]
+        hidden_T = self.packed(row)[row.predictors]
+        return self.head(hidden_T, row.targets, teacher_hidden_T, teacher.get_output_embeddings().weight)
+
+
+class DivergenceHead(nn.Module):
+    """The student's output embedding as a module of its own, so that ZeRO-3 gathers it for this use."""
+
+    def __init__(self, weight: nn.Parameter, *, beta: float, temperature: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.beta, self.temperature = beta, temperature
+
+    def forward(
+        self,
+        hidden_T: torch.Tensor,
+        targets_T: torch.Tensor,
+        teacher_hidden_T: torch.Tensor,
+        teacher_weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [R, H] of both -> (divergence [R], entropy [R])."""
+        divergence_T = chunked_generalized_jsd(
+            hidden_T, self.weight, teacher_hidden_T, teacher_weight, beta=self.beta, temperature=self.temperature
+        )
+        with torch.no_grad():
+            _, entropy_T = token_logprobs(hidden_T, self.weight, targets_T, temperature=self.temperature)
+        return divergence_T, entropy_T
+
+
+class PackedScores(nn.Module):
+    """One score per head for each marked token: the last of a response, or the last of each step."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """Returns scores [R, heads] in float32."""
+        return self.packed.model.get_submodule("score")(self.packed(row)[row.predictors + 1]).float()

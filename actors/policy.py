@@ -1,228 +1,137 @@
-"""The policy: trained by a policy-gradient loss on packed samples, asked for log-probs, exported to the engines."""
+"""The policy: a language model trained on the stage's objective, asked for log-probs, exported to the engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from actors.group import Split, WorkerGroup
-from actors.packed_model import PackedLogProbs, PackedRow, load_language_model
-from actors.process import RankInfo
-from actors.trainer import Trainer
+from actors.adapters import add_adapter, quantization_config
+from actors.objectives import Outputs, objective_of
+from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, PackedRow, load_language_model
+from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
+from actors.trainer import Trainable
 from actors.weights import Snapshot, publish
-from engine.algorithms.aggregate import aggregate
-from engine.algorithms.kl import kl_estimate
-from engine.algorithms.off_policy import importance_weights
-from engine.algorithms.policy_losses import ppo_clip
+from engine.algorithms.logprobs import greedy_hits
 from engine.config import Config
 from engine.data.batch import Batch
 
 
-@dataclass(frozen=True)
-class Minibatch:
-    """One rank's share of one optimizer update, with the denominators of all ranks together."""
-
-    microbatches: Sequence[Batch]
-    total_tokens: int
-    """Trained tokens of the whole update."""
-    total_sequences: int
-    """Samples with a trained token in the whole update."""
+def ships_adapter(config: Config) -> bool:
+    """Whether engines take the adapter alone; DoRA and IA3, which they do not know, are merged into the weights."""
+    adapter = config.model.adapter
+    return adapter.kind == "lora" and not adapter.dora
 
 
-@dataclass
-class TokenStats:
-    """Sums and maxima over trained tokens, merged over micro-batches and ranks."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    def add(self, **values_T: torch.Tensor) -> None:
-        """Add per-token values to the sums."""
-        for name, values in values_T.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
-
-    def maximum(self, **values_T: torch.Tensor) -> None:
-        """Keep the largest absolute per-token value."""
-        for name, values in values_T.items():
-            largest = float(values.abs().max()) if values.numel() else 0.0
-            self.maxima[name] = max(self.maxima.get(name, 0.0), largest)
-
-
-class PolicyActor:
+class PolicyActor(TrainedActor):
     """One rank of the policy."""
 
-    def __init__(self, config: Config, info: RankInfo) -> None:
-        self.config = config
-        self.info = info
-
-    def start(self) -> None:
-        """Join the process group and load the model."""
+    def make(self) -> Trainable:
+        """The language model and its packed log-probs, or its divergence from a teacher."""
         config = self.config
+        self.objective = objective_of(config)
+        model = load_language_model(config, quantization=quantization_config(config.model.adapter))
+        adapter = add_adapter(model, config.model.adapter, task="CAUSAL_LM") if config.trains_adapter else None
+        on_policy = config.stage == "rl" or (config.stage == "distill" and config.distill.mode == "on_policy")
+        temperature = config.rollout.temperature if on_policy else 1.0
+        packed = PackedModel(model, adapter.hidden_states if adapter else None)
+        self.log_probs = PackedLogProbs(packed, temperature=temperature)
+        module: torch.nn.Module = self.log_probs
+        if config.stage == "distill" and config.distill.mode == "on_policy":
+            teacher = load_language_model(config, path=config.distill.teacher)
+            module = PackedDivergence(packed, teacher, beta=config.distill.beta, temperature=temperature)
+        return Trainable(model, adapter, module)
 
-        def make() -> tuple:
-            model = load_language_model(config)
-            return model, PackedLogProbs(model, temperature=config.rollout.temperature)
+    def new_stats(self) -> Stats:
+        """Names of the objective's metrics."""
+        return Stats(self.objective.means, self.objective.maxima)
 
-        self.trainer = Trainer(config, self.info, make, updates=config.rl.steps * config.updates_per_step)
+    def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
+        """This micro-batch's share of the objective."""
+        row = PackedRow.of(batch, self.trainer.device)
+        value_R, entropy_R = self.trainer.engine(row)
+        if len(batch) == 0:
+            return value_R.sum()
+        return self.objective.loss(Outputs(batch, row, value_R, entropy_R, minibatch), stats)
 
-    def hidden_size(self) -> int:
-        """Width of the model, for the cost of a sample."""
-        return int(self.trainer.model.config.get_text_config().hidden_size)
-
-    def logprobs(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
-        """Log-probs of the trained tokens under the current weights, one [R] float32 per micro-batch."""
+    @torch.inference_mode()
+    def logprobs(self, microbatches: Sequence[Batch], without_adapter: bool = False) -> list[np.ndarray]:
+        """Log-probs of the trained tokens, one [R] float32 per micro-batch; optionally those of the frozen base."""
         self.trainer.engine.eval()
-        with torch.no_grad():
-            return [self._score(batch)[1].float().cpu().numpy() for batch in microbatches]
+        adapter = self.trainer.adapter
+        with adapter.disabled() if adapter is not None and without_adapter else nullcontext():
+            return [self._logprobs(batch) for batch in microbatches]
 
-    def update(self, minibatches: Sequence[Minibatch]) -> dict[str, float]:
-        """One optimizer update per minibatch. Returns metrics averaged over all updates, equal on every rank."""
-        stats = TokenStats()
-        updates = []
-        for minibatch in minibatches:
-            losses = [partial(self._loss, batch, minibatch, stats) for batch in minibatch.microbatches]
-            updates.append(self.trainer.update(losses))
-        means = {f"policy/{name}": float(np.mean([u[name] for u in updates])) for name in updates[0]}
-        return means | self._reduce(stats, tokens=sum(m.total_tokens for m in minibatches))
+    @torch.inference_mode()
+    def divergences(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
+        """Divergence from the teacher at the trained tokens, one [R] float32 per micro-batch."""
+        self.trainer.engine.eval()
+        rows = [PackedRow.of(batch, self.trainer.device) for batch in microbatches]
+        return [self.trainer.engine(row)[0].float().cpu().numpy() for row in rows]
+
+    @torch.inference_mode()
+    def predictions(self, microbatches: Sequence[Batch]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of the trained tokens: (log-prob [R] float32, whether it is the likeliest [R] float32) per micro-batch."""
+        self.trainer.engine.eval()
+        results = []
+        for batch in microbatches:
+            row = PackedRow.of(batch, self.trainer.device)
+            hidden = self.log_probs.packed(row)[row.predictors]
+            logp_R, _ = self.log_probs.head(hidden, row.targets)
+            hits_R = greedy_hits(hidden, self.log_probs.head.weight, row.targets)
+            results.append((logp_R.float().cpu().numpy(), hits_R.float().cpu().numpy()))
+        return results
 
     def publish(self, version: int) -> Snapshot | None:
         """Export the weights; rank 0 returns the snapshot, the other ranks take part and return None."""
-        weights = self.trainer.named_weights()
+        trainer = self.trainer
+        description = None
+        if ships_adapter(self.config):
+            weights = trainer.adapter_weights()
+            description = trainer.adapter.description() if trainer.adapter else None
+        else:
+            weights = trainer.named_weights()
         if self.info.rank == 0:
-            return publish(weights, version)
+            return publish(weights, version, adapter=description)
         for _ in weights:
             pass
         return None
 
-    def save(self, folder: Path) -> None:
-        """Write the model in Hugging Face format."""
-        self.trainer.save(folder)
-
-    def _score(self, batch: Batch) -> tuple[PackedRow, torch.Tensor, torch.Tensor]:
-        row = PackedRow.of(batch, self.trainer.device)
-        logp_T, entropy_T = self.trainer.engine(row)
-        return row, logp_T, entropy_T
-
-    def _loss(self, batch: Batch, minibatch: Minibatch, stats: TokenStats) -> torch.Tensor:
-        """This micro-batch's share of the global loss (arXiv:2402.03300, eq. 3, with a choice of aggregation)."""
-        algorithm = self.config.algorithm
-        row, logp_T, entropy_T = self._score(batch)
-        if len(batch) == 0:
-            return logp_T.sum()
-
-        def on_device(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values[batch.loss_mask]).to(logp_T)
-
-        advantages_T = on_device(batch.annotations["advantages"])
-        rollout_logp_T = on_device(batch.rollout_logp)
-        # Strictly on-policy the weights that sampled are these, so the old log-probs are the new ones.
-        old = batch.annotations.get("old_logp")
-        old_logp_T = logp_T.detach() if old is None else on_device(old)
-        loss_T = ppo_clip(
-            logp_T,
-            old_logp_T,
-            advantages_T,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-        )
-        correction = algorithm.correction
-        weights_T = torch.ones_like(logp_T)
-        if correction.mode != "none":
-            weights_T = importance_weights(
-                old_logp_T,
-                rollout_logp_T,
-                row.response_lens,
-                level=correction.level,
-                mode=correction.mode,
-                cap=correction.cap,
-                floor=correction.floor,
-            )
-            loss_T = loss_T * weights_T
-        if algorithm.kl_coef > 0:
-            kl_T = kl_estimate(logp_T, on_device(batch.annotations["ref_logp"]), algorithm.kl_estimator)
-            loss_T = loss_T + algorithm.kl_coef * kl_T
-            stats.add(kl=kl_T.detach())
-        with torch.no_grad():
-            ratio_T = (logp_T - old_logp_T).clamp(-20, 20).exp()
-            outside_T = (ratio_T < 1 - algorithm.clip_low) & (advantages_T < 0)
-            outside_T |= (ratio_T > 1 + algorithm.clip_high) & (advantages_T > 0)
-            mismatch_T = old_logp_T - rollout_logp_T
-            stats.add(entropy=entropy_T, ratio=ratio_T, clip_fraction=outside_T)
-            stats.add(mismatch=mismatch_T.abs(), correction=weights_T)
-            stats.maximum(mismatch=mismatch_T, ratio_deviation=ratio_T - 1)
-        return aggregate(
-            loss_T,
-            row.response_lens,
-            algorithm.loss_aggregation,
-            max_len=self.config.rollout.max_new_tokens,
-            total_tokens=minibatch.total_tokens,
-            total_sequences=minibatch.total_sequences,
-        )
-
-    def _reduce(self, stats: TokenStats, tokens: int) -> dict[str, float]:
-        """Global token means and maxima. Every rank reduces the same names, whether or not it had samples."""
-        names = ["entropy", "ratio", "clip_fraction", "mismatch", "correction"]
-        names += ["kl"] if self.config.algorithm.kl_coef > 0 else []
-        sums = self.trainer.all_reduce(torch.tensor([stats.sums.get(n, 0.0) for n in names], dtype=torch.float64))
-        tops = ["mismatch", "ratio_deviation"]
-        maxima = torch.tensor([stats.maxima.get(n, 0.0) for n in tops], dtype=torch.float64)
-        maxima = self.trainer.all_reduce(maxima, dist.ReduceOp.MAX)
-        mean = dict(zip(names, (sums / max(tokens, 1)).tolist(), strict=True))
-        top = dict(zip(tops, maxima.tolist(), strict=True))
-        metrics = {
-            "policy/entropy": mean["entropy"],
-            "policy/ratio": mean["ratio"],
-            "policy/ratio_deviation_max": top["ratio_deviation"],
-            "policy/clip_fraction": mean["clip_fraction"],
-            "mismatch/logp_abs_mean": mean["mismatch"],
-            "mismatch/logp_abs_max": top["mismatch"],
-            "mismatch/correction_mean": mean["correction"],
-        }
-        return metrics | ({"policy/kl": mean["kl"]} if "kl" in mean else {})
+    def _logprobs(self, batch: Batch) -> np.ndarray:
+        return self.log_probs(PackedRow.of(batch, self.trainer.device))[0].float().cpu().numpy()
 
 
-class PolicyGroup:
-    """The controller's side of the policy: splits batches over its ranks and gathers what they return."""
-
-    def __init__(self, config: Config, workers: WorkerGroup) -> None:
-        self.config = config
-        self.workers = workers
-        self.hidden_size = workers.call("hidden_size", timeout_s=config.timeouts.start)[0]
+class PolicyGroup(TrainedGroup):
+    """The controller's side of the policy."""
 
     def logprobs(self, batch: Batch) -> np.ndarray:
         """[T] float32: log-probs of the trained tokens under the current weights, 0 elsewhere."""
-        split = self._split(batch)
-        return split.merge(self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.forward))
+        return self._logprobs(batch)
 
-    def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
-        """One optimizer update per minibatch; returns metrics over all of them."""
-        per_rank: list[list[Minibatch]] = [[] for _ in self.workers.actors]
-        for batch in minibatches:
-            response_lens = batch.response_lens
-            tokens, sequences = int(response_lens.sum()), int((response_lens > 0).sum())
-            for share, minibatch in zip(self._split(batch).shares(), per_rank, strict=True):
-                minibatch.append(Minibatch(share, tokens, sequences))
-        return self.workers.scatter("update", per_rank, timeout_s=self.config.timeouts.update)[0]
+    def base_logprobs(self, batch: Batch) -> np.ndarray:
+        """[T] float32: the same under the frozen weights below the adapter."""
+        return self._logprobs(batch, without_adapter=True)
+
+    def predictions(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Of the trained tokens: log-probs, and 1 where the token is the likeliest; both [T] float32, 0 elsewhere."""
+        split = self._split(batch)
+        results = self.workers.scatter("predictions", split.shares(), timeout_s=self.config.timeouts.forward)
+        logp, hits = ([[part[i] for part in share] for share in results] for i in (0, 1))
+        return split.merge(logp), split.merge(hits)
+
+    def divergences(self, batch: Batch) -> np.ndarray:
+        """[T] float32: divergence of the trained tokens' distributions from the teacher's, 0 elsewhere."""
+        split = self._split(batch)
+        timeout_s = self.config.timeouts.forward
+        return split.merge(self.workers.scatter("divergences", split.shares(), timeout_s=timeout_s))
 
     def publish(self, version: int) -> Snapshot:
         """A snapshot of the current weights, in the object store."""
         return self.workers.call("publish", version, timeout_s=self.config.timeouts.publish)[0]
 
-    def save(self, folder: Path) -> None:
-        """Write the model in Hugging Face format, whole or not at all."""
-        self.workers.call("save", folder, timeout_s=self.config.timeouts.save)
-
-    def _split(self, batch: Batch) -> Split:
-        return Split.of(
-            batch,
-            ranks=len(self.workers.actors),
-            token_budget=self.config.policy.tokens_per_microbatch,
-            hidden_size=self.hidden_size,
-        )
+    def _logprobs(self, batch: Batch, **how: bool) -> np.ndarray:
+        split = self._split(batch)
+        results = self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.forward, **how)
+        return split.merge(results)

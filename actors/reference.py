@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from actors.group import Split, WorkerGroup
-from actors.packed_model import PackedLogProbs, PackedRow, load_language_model
+from actors.packed_model import PackedLogProbs, PackedModel, PackedRow, load_language_model
 from engine.config import Config
 from engine.data.batch import Batch
 
@@ -22,7 +22,9 @@ class ReferenceActor:
 
     def start(self) -> None:
         """Load the model."""
-        module = PackedLogProbs(load_language_model(self.config), temperature=self.config.rollout.temperature)
+        module = PackedLogProbs(
+            PackedModel(load_language_model(self.config)), temperature=self.config.rollout.temperature
+        )
         self.module = module.to(self.device).requires_grad_(False).eval()
 
     @torch.inference_mode()

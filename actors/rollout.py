@@ -1,12 +1,15 @@
 """A vLLM engine inside a Ray actor, stepped by the actor's own thread.
 
-    callers' threads          step thread                     publisher's thread
-    generate(): add requests  loop: lock, step, unlock        load_weights(): fetch, checksum
-      wait for their event      finished request -> event       lock, load, version += 1, reset prefix cache, unlock
+    callers' threads            step thread                   publisher's thread
+    admit(): add all requests   loop: lock, step, unlock      load_weights(): fetch, checksum
+    collect(): wait for one       finished request -> event     lock, load, version += 1, reset prefix cache, unlock
 
 The engine runs in this process (no engine-core child to supervise); one lock orders its steps, new requests and weight
 updates, so weights change between two steps and never inside one. Each token is stamped with the version that made it.
-If the step thread dies, its error goes to every waiting and every later caller.
+All prompts of a step are admitted at once and into an empty cache, so that what an engine computes depends on them
+alone and not on when calls arrive. If the step thread dies, its error goes to every waiting and every later caller.
+
+With LoRA the frozen weights are read from disk and only the adapter is published.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.group import ActorError, WorkerGroup, as_completed
-from actors.policy import PolicyGroup
+from actors.lora_engine import engine_lora_arguments, load_adapter
+from actors.policy import PolicyGroup, ships_adapter
 from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
@@ -63,11 +67,16 @@ def engine_environment(device: str, threads: int) -> dict[str, str]:
     return env
 
 
+def serves_teacher(config: Config) -> bool:
+    """Whether the engines hold a teacher from disk, which nobody trains or publishes, as version 0."""
+    return config.stage == "distill" and config.distill.mode == "sequence"
+
+
 def engine_arguments(config: Config) -> dict[str, Any]:
     """Arguments of vLLM's engine."""
     rollout = config.rollout
     arguments: dict[str, Any] = {
-        "model": config.model.path,
+        "model": config.distill.teacher if serves_teacher(config) else config.model.path,
         "dtype": config.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": rollout.max_model_len,
@@ -78,6 +87,10 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "disable_log_stats": True,
     }
+    if ships_adapter(config):
+        arguments |= engine_lora_arguments(config)
+    elif not serves_teacher(config):
+        arguments |= {"load_format": "dummy"}  # the first published version brings the weights
     if config.device == "cpu":
         arguments |= {"enforce_eager": True, "block_size": 32}
     return arguments
@@ -88,11 +101,13 @@ class RolloutActor:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.version: int | None = None
+        self.version: int | None = 0 if serves_teacher(config) else None
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._requests: dict[str, _Request] = {}
+        self._admitted: dict[int, list[str]] = {}
         self._counter = 0
+        self._lora: Any = None
         self._error: BaseException | None = None
 
     def start(self) -> None:
@@ -110,30 +125,44 @@ class RolloutActor:
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
 
-    def generate(
-        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], *, version: int, within_s: float
-    ) -> list[Generation]:
-        """One response per seed to the same prompt. Blocks its caller's thread only.
+    def admit(self, requests: Sequence[GenerationRequest], settings: SamplingSettings, *, version: int) -> None:
+        """Take prompts, all before the next engine step; `collect` waits for each one's responses.
 
         Raises:
             RuntimeError: the engine does not hold this weight version, or its step thread has died.
+        """
+        with self._lock:
+            self._check_alive()
+            if self.version != version:
+                raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
+            if not self.engine.has_unfinished_requests():
+                self.engine.reset_prefix_cache()
+            for request in requests:
+                ids = [self._add(request.prompt, settings, seed) for seed in request.seeds]
+                self._admitted[request.key] = ids
+        self._wake.set()
+
+    def collect(self, key: int, *, within_s: float) -> list[Generation]:
+        """The responses to an admitted prompt, one per seed. Blocks its caller's thread only.
+
+        Raises:
+            RuntimeError: the step thread has died.
             TimeoutError: not all responses were whole within `within_s` seconds; the open ones are aborted.
         """
         deadline = time.monotonic() + within_s
-        requests = self._submit(prompt, settings, seeds, version)
+        requests = {request_id: self._requests[request_id] for request_id in self._admitted[key]}
         try:
             for request in requests.values():
                 if not request.done.wait(deadline - time.monotonic()):
                     raise TimeoutError(f"{len(requests)} samples not finished after {within_s:.0f} s")
-                if self._error is not None:
-                    raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
+                self._check_alive()
             return [request.generation() for request in requests.values()]
         finally:
             with self._lock:
                 unfinished = [i for i, r in requests.items() if not r.done.is_set()]
                 if unfinished and self._error is None:
                     self.engine.abort_request(unfinished)
-                for request_id in requests:
+                for request_id in self._admitted.pop(key):
                     self._requests.pop(request_id, None)
 
     def load_weights(self, snapshot: Snapshot, fetch_s: float) -> Ack:
@@ -146,13 +175,16 @@ class RolloutActor:
             raise RuntimeError(f"weights version {snapshot.version} is not newer than {self.version}")
         buckets, ack = receive(snapshot, timeout_s=fetch_s)
         with self._lock:
-            self._load([tensor for bucket in buckets for tensor in bucket.tensors()])
+            self._load([tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
             # Cached keys and values belong to the old weights; running requests are recomputed under the new ones.
             self.engine.reset_prefix_cache(reset_running_requests=True)
             self.version = snapshot.version
         return ack
 
-    def _load(self, weights: list[tuple[str, Any]]) -> None:
+    def _load(self, weights: list[tuple[str, Any]], snapshot: Snapshot) -> None:
+        if snapshot.adapter is not None:
+            self._lora = load_adapter(self.engine, dict(weights), snapshot.adapter, version=snapshot.version)
+            return
         model = self.engine.model_executor.driver_worker.worker.model_runner.model
         known = dict(model.named_parameters())
         loaded = model.load_weights(iter(weights))
@@ -160,34 +192,28 @@ class RolloutActor:
         if missing:
             raise RuntimeError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
 
-    def _submit(
-        self, prompt: Sequence[int], settings: SamplingSettings, seeds: Sequence[int], version: int
-    ) -> dict[str, _Request]:
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
+
+    def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> str:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        requests: dict[str, _Request] = {}
-        with self._lock:
-            if self._error is not None:
-                raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
-            if self.version != version:
-                raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
-            for seed in seeds:
-                params = SamplingParams(
-                    max_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    stop=list(settings.stop) or None,
-                    include_stop_str_in_output=True,
-                    logprobs=0,
-                    seed=seed,
-                    output_kind=RequestOutputKind.DELTA,
-                )
-                self._counter += 1
-                request_id = str(self._counter)
-                self.engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
-                requests[request_id] = self._requests[request_id] = _Request()
-        self._wake.set()
-        return requests
+        params = SamplingParams(
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop=list(settings.stop) or None,
+            include_stop_str_in_output=True,
+            logprobs=0,
+            seed=seed,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._counter += 1
+        request_id = str(self._counter)
+        self.engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora)
+        self._requests[request_id] = _Request()
+        return request_id
 
     def _run(self) -> None:
         """The step thread."""
@@ -228,14 +254,18 @@ class RolloutGroup:
         self.config = config
         self.workers = workers
         self.policy = policy
-        self.version: int | None = None
+        self.version: int | None = 0 if serves_teacher(config) else None
 
     def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to the policy's weights under this version; returns timings and sizes.
 
+        Engines that hold this version already are left as they are.
+
         Raises:
             ActorError: an engine failed to load them or acknowledged something else.
         """
+        if version == self.version:
+            return {}
         start = time.monotonic()
         snapshot = self.policy.publish(version)
         packed = time.monotonic()
@@ -257,15 +287,19 @@ class RolloutGroup:
     ) -> Iterator[tuple[int, list[Generation]]]:
         """Yields (key, responses) as each prompt's responses are whole, in any order."""
         timeout_s = self.config.timeouts.generate
-        tokens = [0] * len(self.workers.actors)
+        ranks = range(len(self.workers.actors))
+        shares: list[list[GenerationRequest]] = [[] for _ in ranks]
+        tokens = [0 for _ in ranks]
+        for request in requests:
+            rank = min(ranks, key=tokens.__getitem__)
+            tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
+            shares[rank].append(request)
+        self.workers.scatter("admit", shares, timeout_s=timeout_s, settings=settings, version=self.version)
         names: dict[Any, str] = {}
         keys: dict[Any, int] = {}
-        for request in requests:
-            rank = min(range(len(tokens)), key=tokens.__getitem__)
-            tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
-            ref = self.workers.submit(
-                rank, "generate", request.prompt, settings, request.seeds, version=self.version, within_s=timeout_s
-            )
-            names[ref], keys[ref] = self.workers.rank_name(rank), request.key
+        for rank in ranks:
+            for request in shares[rank]:
+                ref = self.workers.submit(rank, "collect", request.key, within_s=timeout_s)
+                names[ref], keys[ref] = self.workers.rank_name(rank), request.key
         for ref, generations in as_completed(names, "generate", timeout_s):
             yield keys[ref], generations

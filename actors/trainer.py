@@ -6,10 +6,13 @@ averages gradients over ranks; the factor `world_size` on each loss undoes that.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from actors.adapters import AdaptedModel
 from actors.process import RankInfo, join_process_group, seed_everything
 from engine.config import Config, OptimizerConfig
 
@@ -57,17 +61,31 @@ def learning_rate_factor(update: int, *, config: OptimizerConfig, updates: int) 
     return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
+STATE_TAG = "trainer"
+"""Sub-folder of a checkpoint that holds the DeepSpeed engine's own files."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite. The update was not published and nothing was saved."""
 
 
-class Trainer:
-    """One rank of a DeepSpeed engine around a module whose parameters are those of `model`."""
+@dataclass(frozen=True)
+class Trainable:
+    """What a trainer trains."""
 
-    def __init__(
-        self, config: Config, info: RankInfo, make_module: Callable[[], tuple[PreTrainedModel, nn.Module]], updates: int
-    ) -> None:
-        """`make_module` returns the Hugging Face model and the module around it; `updates` is the run's total."""
+    model: PreTrainedModel
+    """The Hugging Face model."""
+    adapter: AdaptedModel | None
+    """Its adapter, if only that is trained."""
+    module: nn.Module
+    """What the engine runs: a module around the model, without parameters of its own."""
+
+
+class Trainer:
+    """One rank of a DeepSpeed engine around a `Trainable`."""
+
+    def __init__(self, config: Config, info: RankInfo, make: Callable[[], Trainable], updates: int) -> None:
+        """`make` is called once everything is seeded; `updates` is the run's total."""
         self.config = config
         self.info = info
         self.device = join_process_group(info, device=config.device, timeout_s=config.timeouts.update)
@@ -78,13 +96,15 @@ class Trainer:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._gather = deepspeed.zero.GatheredParameters if config.policy.zero_stage == 3 else None
         seed_everything(config.seed)
-        self.model, module = make_module()
+        trainable = make()
+        self.model, self.adapter = trainable.model, trainable.adapter
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = make_optimizer(list(module.parameters()), config.optimizer)
+        trained = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, config.optimizer)
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config=config.optimizer, updates=updates))
         self.engine, *_ = deepspeed.initialize(
-            model=module,
+            model=trainable.module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
             config=deepspeed_config(config),
@@ -133,27 +153,80 @@ class Trainer:
         return reduced.cpu()
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter once, whole, under its Hugging Face name. With ZeRO-3 a collective: run it on all ranks."""
+        """Every parameter once, whole, under its Hugging Face name, an adapter merged in.
+
+        With ZeRO-3 a collective: run it on all ranks.
+        """
+        if self.adapter is not None:
+            with self._gathered(list(self.model.parameters())):
+                yield from self.adapter.merged_weights()
+            return
         for name, parameter in self.model.named_parameters():
-            with self._gather([parameter]) if self._gather else nullcontext():
+            with self._gathered([parameter]):
                 yield name, parameter.detach()
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer in Hugging Face format; rank 0 writes, whole or not at all. Run it on all ranks."""
-        if self.info.rank == 0:
-            weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
-            unfinished = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(unfinished, ignore_errors=True)
+    def adapter_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The adapter's tensors under peft's names. With ZeRO-3 a collective: run it on all ranks."""
+        assert self.adapter is not None
+        with self._gathered([p for p in self.model.parameters() if p.requires_grad]):
+            yield from self.adapter.adapter_weights()
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        return self._gather(parameters) if self._gather else nullcontext()
+
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write model and tokenizer in Hugging Face format; rank 0 writes, whole or not at all. Run it on all ranks.
+
+        With `model.export: adapter` the folder holds the adapter alone, in peft's format. A `record` becomes
+        `reward_model.json` beside the weights.
+        """
+        alone = self.adapter is not None and self.config.model.export == "adapter"
+        weights = {name: tensor.cpu().clone() for name, tensor in ([] if alone else self.named_weights())}
+        with self._gathered(list(self.model.parameters()) if alone else []):
+            if self.info.rank == 0:
+                self._write(folder, weights, record)
+        dist.barrier()
+
+    def _write(self, folder: Path, weights: dict[str, torch.Tensor], record: dict[str, Any] | None) -> None:
+        unfinished = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if weights:
             self.model.generation_config = _valid_generation_config(self.model)
             self.model.save_pretrained(unfinished, state_dict=weights)
-            AutoTokenizer.from_pretrained(
-                self.config.model.path, trust_remote_code=self.config.model.trust_remote_code
-            ).save_pretrained(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-        elif self._gather:
-            for _ in self.named_weights():
-                pass
+        else:
+            assert self.adapter is not None
+            self.adapter.save_adapter(unfinished)
+        source = self.config.model
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        if record is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.model.config.pad_token_id)
+        tokenizer.save_pretrained(unfinished)
+        if record is not None:
+            (unfinished / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything that training goes on from: weights, optimizer, schedule, random numbers. On all ranks."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine.save_checkpoint(
+                str(folder),
+                tag=STATE_TAG,
+                client_state={"random": torch.get_rng_state()},
+                exclude_frozen_parameters=self.adapter is not None,
+            )
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote with the same number of ranks. On all ranks.
+
+        Raises:
+            RuntimeError: there is no such state, or it does not fit.
+        """
+        path, state = self.engine.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=self.adapter is None)
+        if path is None:
+            raise RuntimeError(f"{folder}: no trainer state for {self.info.world_size} ranks")
+        torch.set_rng_state(state["random"])
 
 
 def _valid_generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -63,6 +63,8 @@ class Snapshot:
     checksum: str
     num_bytes: int
     buckets: tuple[Any, ...]
+    adapter: dict[str, Any] | None = None
+    """What the adapter is, in peft's terms, when the tensors are an adapter's alone."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,16 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
         yield Bucket(tuple(entries), buffer[:size])
 
 
-def publish(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> Snapshot:
+def publish(
+    weights: Iterable[tuple[str, torch.Tensor]], version: int, *, adapter: dict[str, Any] | None = None
+) -> Snapshot:
     """Put the weights into the object store. They live as long as the snapshot's references and this process."""
     refs, digests, num_bytes = [], [], 0
     for bucket in pack(weights):
         digests.append(bucket.digest())
         num_bytes += bucket.data.nbytes
         refs.append(ray.put(bucket))
-    return Snapshot(version, combine(digests), num_bytes, tuple(refs))
+    return Snapshot(version, combine(digests), num_bytes, tuple(refs), adapter)
 
 
 def receive(snapshot: Snapshot, *, timeout_s: float) -> tuple[list[Bucket], Ack]:

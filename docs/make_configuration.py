@@ -47,8 +47,12 @@ def _section(path: str, section: type[BaseModel]) -> list[str]:
         if inner is not None:
             below += _section(key, inner)
         kind = "section" if inner is field.annotation else _type_name(field)
-        lines.append(f"| `{name}` | {kind} | {_default(field)} | {field.description} |")
+        lines.append(f"| `{name}` | {kind} | {_default(field)} | {_flat(field.description)} |")
     return [*lines, "", *below]
+
+
+def _flat(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:

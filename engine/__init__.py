@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.rewards.contract import Sample, reward
 
 if TYPE_CHECKING:

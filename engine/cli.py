@@ -22,15 +22,19 @@ def _about() -> None:
 def run(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Run this stage of a pipeline and the later ones anew."),
+    ] = None,
 ) -> None:
-    """Run a configuration."""
-    from engine.config import load_config
+    """Run a configuration, or a pipeline of several stages."""
+    from engine.config_file import load_config
 
     loaded = load_config(config, overrides or [])
 
     from engine import pipeline
 
-    result = pipeline.run(loaded)
+    result = pipeline.run(loaded, start_from=start_from)
     print(result.summary())
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from actors.group import ActorError, Slots, WorkerGroup, rendezvous, start_all
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
+from actors.reward_model import RewardModelActor, RewardModelGroup
 from actors.reward_pool import RewardPool
 from actors.rollout import RolloutActor, RolloutGroup, engine_environment
 from engine.config import Config, UserError
-from engine.roles import Workers
+from engine.roles import Sampling, Workers
 
 CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
@@ -42,14 +43,18 @@ class Role:
 
 
 def roles_of(config: Config) -> list[Role]:
-    """The roles that a run starts, in the order of their bundles."""
+    """The roles that a stage starts, in the order of their bundles."""
     cpu = {"CPU": config.ray.cpus_per_rank}
     model = cpu | ({"GPU": 1.0} if config.device == "cuda" else {})
+    if config.stage == "reward_model":
+        return [Role("reward_model", config.policy.ranks, model)]
     roles = [Role("policy", config.policy.ranks, model)]
-    if config.algorithm.kl_coef > 0:
+    if config.stage == "rl" and config.algorithm.kl_coef > 0 and not config.trains_adapter:
         roles.append(Role("reference", config.reference.ranks, model))
-    pool = {"CPU": config.ray.cpus_per_rank * config.rewards.workers}
-    return [*roles, Role("rollout", config.rollout.engines, model), Role("rewards", 1, pool)]
+    if config.generates:
+        pool = {"CPU": config.ray.cpus_per_rank * config.rewards.workers}
+        roles += [Role("rollout", config.rollout.engines, model), Role("rewards", 1, pool)]
+    return roles
 
 
 def required(roles: list[Role]) -> dict[str, float]:
@@ -62,8 +67,8 @@ def required(roles: list[Role]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Join the configured cluster, or start one for this run alone and end it afterwards.
+def connected(stages: Sequence[Config]) -> Iterator[None]:
+    """Join the configured cluster, or start one for these stages alone and end it afterwards.
 
     A program that has called `ray.init` itself keeps its own connection.
 
@@ -73,12 +78,13 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    config = stages[0].ray
+    address = config.address or os.environ.get("RAY_ADDRESS")
     earlier = _daemons()
     try:
         if address is None:
-            store = config.ray.object_store_gib
-            need = required(roles_of(config))["CPU"]
+            store = config.object_store_gib
+            need = max(required(roles_of(stage))["CPU"] for stage in stages)
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(need)),  # a laptop's roles take turns on its cores
@@ -136,8 +142,10 @@ def _join(address: str) -> None:
 
 
 @contextlib.contextmanager
-def started_workers(config: Config) -> Iterator[Workers]:
-    """Place and start every role, hand them over ready to use, and end them afterwards.
+def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Iterator[Workers]:
+    """Place and start every role of a stage, hand them over ready to use, and end them afterwards.
+
+    `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads.
 
     Raises:
         UserError: the cluster cannot hold the roles, or a user function does not load.
@@ -146,44 +154,44 @@ def started_workers(config: Config) -> Iterator[Workers]:
     config = _with_absolute_paths(config)
     with contextlib.ExitStack() as stack:
         slots = stack.enter_context(_placed(config))
+        timeout_s = config.timeouts.start
 
-        def start(
+        def make(
             name: str, actor_class: type, arguments: list[tuple[Any, ...]], env: dict[str, str], concurrency: int = 1
         ) -> WorkerGroup:
             group = WorkerGroup(name, actor_class, slots[name], arguments=arguments, env=env, concurrency=concurrency)
             stack.callback(group.kill)
             return group
 
-        pool = start("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
-        engines = start(
-            "rollout",
-            RolloutActor,
-            [(config,)] * config.rollout.engines,
-            engine_environment(config.device, config.rollout.threads),
-            concurrency=1024,
-        )
-        timeout_s = config.timeouts.start
-        stack.callback(_close_pool, pool)
-        start_all([pool], timeout_s)
-        infos = rendezvous(slots["policy"], config.timeouts.place)
-        policy = start(
-            "policy",
-            PolicyActor,
-            [(config, info) for info in infos],
-            trainer_environment(config.device, config.policy.threads),
-        )
-        reference = None
+        pool = engines = reference = None
+        if "rollout" in slots:
+            pool = make("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
+            env = engine_environment(config.device, config.rollout.threads)
+            served = [(config,)] * config.rollout.engines
+            engines = make("rollout", RolloutActor, served, env, concurrency=1024)
+            stack.callback(_close_pool, pool)
+            start_all([pool], timeout_s)
+        trained_name = "policy" if "policy" in slots else "reward_model"
+        infos = rendezvous(slots[trained_name], config.timeouts.place)
+        env = trainer_environment(config.device, config.policy.threads)
+        if trained_name == "policy":
+            trained = make("policy", PolicyActor, [(config, info, updates) for info in infos], env)
+        else:
+            heads = [(config, info, updates, annotators) for info in infos]
+            trained = make("reward_model", RewardModelActor, heads, env)
         if "reference" in slots:
             env = trainer_environment(config.device, config.reference.threads)
-            reference = start("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
-        start_all([engines, policy, *([reference] if reference else [])], timeout_s)
-        policies = PolicyGroup(config, policy)
-        yield Workers(
-            policy=policies,
-            reference=ReferenceGroup(config, reference, policies.hidden_size) if reference else None,
-            rollouts=RolloutGroup(config, engines, policies),
-            rewards=RewardGroup(config, pool),
-        )
+            reference = make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
+        start_all([group for group in (engines, trained, reference) if group], timeout_s)
+        if trained_name == "reward_model":
+            yield Workers(reward_model=RewardModelGroup(config, trained))
+            return
+        policy = PolicyGroup(config, trained)
+        sampling = None
+        if engines is not None and pool is not None:
+            sampling = Sampling(RolloutGroup(config, engines, policy), RewardGroup(config, pool))
+        frozen = ReferenceGroup(config, reference, policy.hidden_size) if reference else None
+        yield Workers(policy=policy, reference=frozen, sampling=sampling)
 
 
 def trainer_environment(device: str, threads: int) -> dict[str, str]:
@@ -236,9 +244,8 @@ def _close_pool(pool: WorkerGroup) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: actors do not share the controller's working directory."""
-    model = config.model
-    if Path(model.path).is_dir():
-        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    model = config.model.model_copy(update={"path": _absolute(config.model.path)})
+    distill = config.distill.model_copy(update={"teacher": _absolute(config.distill.teacher)})
     functions = []
     for entry in config.rewards.functions:
         file, colon, name = entry.function.rpartition(":")
@@ -246,4 +253,8 @@ def _with_absolute_paths(config: Config) -> Config:
             entry = entry.model_copy(update={"function": f"{Path(file).absolute()}{colon}{name}"})
         functions.append(entry)
     rewards = config.rewards.model_copy(update={"functions": functions})
-    return config.model_copy(update={"model": model, "rewards": rewards})
+    return config.model_copy(update={"model": model, "distill": distill, "rewards": rewards})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path and Path(path).is_dir() else path

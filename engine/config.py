@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one YAML file, `a.b=c` overrides, frozen models, every cross-check.
+"""The whole configuration of a run: frozen sections, one docstring line per field, every cross-check.
 
 Imports neither torch nor Ray, so that a mistake is told in under a second, before anything starts.
 Sizes are named for what they count: `prompts_per_step`, `samples_per_prompt`, `tokens_per_microbatch`.
@@ -6,15 +6,11 @@ Sizes are named for what they count: `prompts_per_step`, `samples_per_prompt`, `
 
 from __future__ import annotations
 
-import difflib
 import os
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class UserError(ValueError):
@@ -40,11 +36,53 @@ Folder = Annotated[Path, AfterValidator(lambda folder: Path(os.path.expanduser(f
 """The same, for what is always a path."""
 
 
+class NewModelConfig(Section):
+    """A model with random weights and a tokenizer of its own; for `stage: pretrain`."""
+
+    architecture: dict[str, Any]
+    """Fields of a transformers configuration, `model_type` (llama, qwen3, gpt_neox ...) among them."""
+    vocabulary_size: Annotated[int, Field(ge=264)] = 4096
+    """Most tokens of the byte-level BPE tokenizer that is trained on the corpus; 261 are the bytes and the special
+    ones."""
+    tokenizer: Location | None = None
+    """Folder or Hub name of a tokenizer to take instead of training one."""
+
+
+class AdapterConfig(Section):
+    """Parameter-efficient fine-tuning: the base weights stay frozen, bit for bit. Saved in peft's format."""
+
+    kind: Literal["none", "lora", "ia3", "bottleneck", "prompt", "prefix"] = "none"
+    """none trains all weights; LoRA (arXiv:2106.09685), IA3 (2205.05638), bottleneck layers (1902.00751), prompt
+    (2104.08691) or prefix tuning (2101.00190)."""
+    rank: Count = 16
+    """Rank of LoRA; width of a bottleneck."""
+    alpha: Positive = 32.0
+    """LoRA's scale: alpha / rank, or alpha / sqrt(rank) with `rslora`."""
+    targets: list[str] = []
+    """Names of the layers that LoRA and IA3 change; empty is every linear layer but the output (LoRA), peft's own
+    choice (IA3)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    rslora: bool = False
+    """Rank-stabilised LoRA (arXiv:2312.03732)."""
+    virtual_tokens: Count = 16
+    """Length of a trained prompt or prefix."""
+    four_bit: bool = False
+    """Keep the frozen weights in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU and bitsandbytes."""
+
+
 class ModelConfig(Section):
     """The language model that the run starts from."""
 
-    path: Location
-    """Folder in Hugging Face format, or a Hub name."""
+    path: Location = ""
+    """Folder in Hugging Face format, a Hub name, or `stage:NAME`, the model that an earlier stage ended with."""
+    new: NewModelConfig | None = None
+    """Start from random weights instead of a `path`."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Train a small adapter instead of all weights."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What the final model folder holds of an adapter: a whole model where its kind can be merged, or the adapter
+    alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is float32 on the CPU and bfloat16 on a GPU."""
     trust_remote_code: bool = False
@@ -57,7 +95,7 @@ class SourceConfig(Section):
     """Where rows come from. A bare string in the YAML is the `path`."""
 
     path: Location
-    """A jsonl/json/parquet/csv file or glob, `pkg.mod:fn` or `file.py:fn`, or a Hugging Face dataset name."""
+    """A jsonl/json/parquet/csv/txt file or glob, `pkg.mod:fn` or `file.py:fn`, or a Hugging Face dataset name."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     split: str = "train"
@@ -74,12 +112,14 @@ Source = Annotated[SourceConfig, BeforeValidator(_from_path)]
 
 
 class DataConfig(Section):
-    """Prompts for training and for evaluation."""
+    """Rows for training and for evaluation."""
 
     train: Source
     """Rows to train on."""
     evaluation: Source | None = None
     """Held-out rows; needed when `evaluation.every` is set."""
+    general_text: Source | None = None
+    """Text (column `text`) whose perplexity before and after shows what was forgotten."""
     columns: dict[str, str] = {}
     """Renames: our name -> the name in the rows, e.g. `{prompt: question}`."""
     system_prompt: str | None = None
@@ -88,10 +128,11 @@ class DataConfig(Section):
     """Wrap plain-text prompts as a user message: auto does so when the tokenizer has a chat template."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A malformed row stops the run before it starts, or is skipped and counted."""
-    on_long_prompt: Literal["fail", "skip", "truncate"] = "fail"
-    """A prompt over the token limit: an error, a skipped row, or cut at its start (without a chat template only)."""
+    on_long_row: Literal["fail", "skip", "truncate"] = "fail"
+    """A row over the token limit: an error, skipped, or cut (a prompt without a chat template at its start, an answer
+    at its end)."""
     max_prompt_tokens: Count | None = None
-    """Longest prompt, in tokens; None is `rollout.max_model_len - rollout.max_new_tokens`."""
+    """Longest prompt for generation, in tokens; None is `rollout.max_model_len - rollout.max_new_tokens`."""
 
 
 class RewardConfig(Section):
@@ -116,8 +157,9 @@ def _from_function(value: Any) -> Any:
 class RewardsConfig(Section):
     """Reward functions and the processes that run them."""
 
-    functions: list[Annotated[RewardConfig, BeforeValidator(_from_function)]] = Field(min_length=1)
-    """The components; the reward of a sample is their weighted sum."""
+    functions: list[Annotated[RewardConfig, BeforeValidator(_from_function)]] = []
+    """The components; the reward of a sample is their weighted sum. Needed for `rl`; elsewhere they score held-out
+    answers."""
     workers: Count = 1
     """Processes that run user functions."""
     timeout: Positive = 30.0
@@ -169,16 +211,100 @@ class AlgorithmConfig(Section):
 class RLConfig(Section):
     """Sizes of the reinforcement-learning loop."""
 
-    steps: Count
+    steps: Count = 100
     """Rounds of generate, score, update, publish."""
-    prompts_per_step: Count
+    prompts_per_step: Count = 16
     """Distinct prompts (groups) in one step."""
-    samples_per_prompt: Count
+    samples_per_prompt: Count = 8
     """Responses generated for each prompt (the group size)."""
     minibatches_per_step: Count = 1
     """Optimizer updates per epoch over a step's samples."""
     epochs_per_step: Count = 1
     """Passes over a step's samples."""
+
+
+class TrainingConfig(Section):
+    """Sizes of the other stages' loop: passes over rows."""
+
+    epochs: Positive = 1.0
+    """Passes over the rows, a part of one too."""
+    updates: Count | None = None
+    """Optimizer updates; None follows from `epochs`."""
+    rows_per_update: Count = 32
+    """Rows (conversations, pairs, rankings, prompts, pieces of text) in one optimizer update."""
+    max_length: Count = 1024
+    """Longest sample, in tokens; text for `pretrain` is cut into pieces of this length, documents never share one."""
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on `messages`, or `prompt` and `completion`."""
+
+    loss_on: Literal["assistant", "answer", "all"] = "assistant"
+    """The assistant's tokens (with the reasoning, if there is a column for it), those of the answer alone, or every
+    token."""
+    reasoning_format: str = "<think>\n{reasoning}\n</think>\n\n{completion}"
+    """How a column `reasoning` and the answer become one completion."""
+
+
+class RewardModelConfig(Section):
+    """Reward models from preferences (`prompt`, `chosen`, `rejected`), rankings (`prompt`, `responses`, `ranks`) or
+    steps."""
+
+    kind: Literal["pairwise", "ranking", "process"] = "pairwise"
+    """Bradley-Terry (column `margin` is used where there is one), Plackett-Luce with ties, or one label per reasoning
+    step."""
+    center_coef: NonNegative = 0.0
+    """Weight of (chosen + rejected)^2, which keeps rewards around 0; 0.01 is usual (pairwise)."""
+    annotator_heads: bool = False
+    """A shared head plus one for each value of the column `annotator` (pairwise, ranking)."""
+    head_decay: NonNegative = 0.0
+    """Weight of the mean square of what annotator heads add: pulls annotators towards the shared head."""
+    step_separator: str = "\n"
+    """Text put after each step of a process row; the step is scored at its last token."""
+
+
+class PreferenceConfig(Section):
+    """Preference tuning on `prompt`, `chosen`, `rejected` (KTO also: `prompt`, `completion`, `label`)."""
+
+    loss: Literal["sigmoid", "hinge", "robust", "ipo", "kto", "orpo", "simpo"] = "sigmoid"
+    """DPO (arXiv:2305.18290) with a sigmoid, hinge or robust loss; IPO (2310.12036), KTO (2402.01306), ORPO
+    (2403.07691), SimPO (2405.14734)."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference (SimPO: scale of the reward, 2 is usual; ORPO: weight of the odds
+    ratio)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong (sigmoid: cDPO; robust)."""
+    simpo_gamma: NonNegative = 0.5
+    """SimPO's target margin, in units of its reward."""
+    desirable_weight: NonNegative = 1.0
+    """KTO's weight of desirable rows."""
+    undesirable_weight: NonNegative = 1.0
+    """KTO's weight of undesirable rows."""
+    nll_coef: NonNegative | None = None
+    """Weight of the chosen answer's mean negative log-likelihood (arXiv:2404.19733); None is 1 for ORPO, else 0."""
+
+
+class DistillConfig(Section):
+    """Distillation from a teacher with the same tokenizer."""
+
+    teacher: Location = ""
+    """Folder, Hub name or `stage:NAME` of the teacher."""
+    mode: Literal["on_policy", "sequence"] = "on_policy"
+    """The student answers and the teacher scores each token (GKD, arXiv:2306.13649), or the student learns the
+    teacher's answers."""
+    on_policy_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of updates on the student's own answers; the others take the rows' `completion`."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Generalized Jensen-Shannon divergence: 0 is KL(teacher || student), 1 is KL(student || teacher)."""
+
+
+class CheckpointConfig(Section):
+    """Whole states from which a killed run goes on, bit for bit."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps (optimizer updates, in the offline stages) between checkpoints; 0 writes none."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
 
 
 class OptimizerConfig(Section):
@@ -199,7 +325,7 @@ class OptimizerConfig(Section):
 
 
 class PolicyConfig(Section):
-    """The trained model's actors."""
+    """The trained model's actors, whichever stage trains it."""
 
     ranks: Count = 1
     """Data-parallel processes."""
@@ -212,7 +338,8 @@ class PolicyConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The frozen starting policy's actors; started only when `algorithm.kl_coef` is not 0."""
+    """The frozen starting policy's actors; started only when `algorithm.kl_coef` is not 0 and all weights are
+    trained."""
 
     ranks: Count = 1
     """Data-parallel processes."""
@@ -303,8 +430,11 @@ class TimeoutsConfig(Section):
     """Until the final model is written."""
 
 
+Stage = Literal["pretrain", "sft", "reward_model", "preference", "distill", "rl"]
+
+
 class Config(Section):
-    """A run."""
+    """A run of one stage."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the folder `output_dir/name` and the wandb run."""
@@ -314,16 +444,31 @@ class Config(Section):
     """Drives prompt order, sampling and initialisation."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Process-group backend and dtype follow from it; the code path does not."""
+    stage: Stage = "rl"
+    """What is trained, and how."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest whole checkpoint in the run's folder, and leaves a finished run as it is; never
+    demands a new folder."""
     model: ModelConfig
     """The starting model."""
     data: DataConfig
     """Rows."""
-    rewards: RewardsConfig
+    rewards: RewardsConfig = RewardsConfig()
     """Rewards."""
-    rl: RLConfig
-    """Sizes of the loop."""
+    rl: RLConfig = RLConfig()
+    """Sizes of the reinforcement-learning loop."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    """Objective."""
+    """Objective of reinforcement learning."""
+    training: TrainingConfig = TrainingConfig()
+    """Sizes of the other stages' loop."""
+    sft: SFTConfig = SFTConfig()
+    """Supervised fine-tuning."""
+    reward_model: RewardModelConfig = RewardModelConfig()
+    """Reward models."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """Preference tuning."""
+    distill: DistillConfig = DistillConfig()
+    """Distillation."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     policy: PolicyConfig = PolicyConfig()
@@ -334,6 +479,8 @@ class Config(Section):
     """Generating actors."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out measurement."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     tracking: TrackingConfig = TrackingConfig()
     """Records."""
     ray: RayConfig = RayConfig()
@@ -350,20 +497,85 @@ class Config(Section):
 
     def _checks(self) -> list[tuple[bool, str]]:
         """Every rule that concerns more than one field, or one whose remedy needs words: (broken, message)."""
-        rollout, rl, policy, data = self.rollout, self.rl, self.policy, self.data
-        prompt_limit = data.max_prompt_tokens or 1
-        names = [f.name or f.function for f in self.rewards.functions]
+        checks = [*self._model_checks(), *self._loop_checks()]
+        if self.generates:
+            checks += self._generation_checks()
+        if self.stage == "rl":
+            checks += self._rl_checks()
+        return checks
+
+    def _model_checks(self) -> list[tuple[bool, str]]:
+        model, adapter = self.model, self.model.adapter
+        kind = adapter.kind
+        mergeable = kind in ("none", "lora", "ia3")
         return [
             (
-                rl.samples_per_prompt < 2,
-                "rl.samples_per_prompt: GRPO compares the samples of one prompt, and one alone has advantage 0; "
-                "set it to 2 or more (4 to 16 are usual)",
+                not model.path and not model.new,
+                "model.path: is required: a folder in Hugging Face format or a Hub name",
             ),
             (
-                rollout.temperature == 0,
-                "rollout.temperature: 0 is greedy, so all samples of a group are equal and nothing is learned; "
-                "use 1.0 for training (evaluation.temperature may be 0)",
+                bool(model.path) and model.new is not None,
+                "model.new: there is a model.path already; keep one of the two",
             ),
+            (
+                model.new is not None and self.stage != "pretrain",
+                f"model.new: random weights are for stage: pretrain, not {self.stage}; give a model.path",
+            ),
+            (
+                model.new is not None and kind != "none",
+                "model.adapter.kind: an adapter on random weights learns nothing; use none",
+            ),
+            (
+                self.generates and not mergeable,
+                f"model.adapter.kind: the engines cannot run {kind}; use lora or ia3, or leave rewards.functions out "
+                "of an offline stage",
+            ),
+            (
+                model.export == "merged" and not mergeable,
+                f"model.export: {kind} cannot be merged into the weights; use adapter",
+            ),
+            (
+                adapter.four_bit and (self.device == "cpu" or kind != "lora"),
+                "model.adapter.four_bit: needs device: cuda and kind: lora",
+            ),
+            (
+                self.stage == "distill" and not self.distill.teacher,
+                "distill.teacher: is required: the folder or Hub name of the teacher",
+            ),
+        ]
+
+    def _loop_checks(self) -> list[tuple[bool, str]]:
+        budget, longest = self.policy.tokens_per_microbatch, self.training.max_length
+        return [
+            (
+                self.stage != "rl" and budget < longest,
+                f"policy.tokens_per_microbatch: {budget} cannot hold one sample of training.max_length {longest} "
+                "tokens; raise it or lower max_length",
+            ),
+            (
+                self.evaluation.every > 0 and self.data.evaluation is None,
+                "evaluation.every: there are no rows to evaluate on; set data.evaluation or evaluation.every=0",
+            ),
+            (
+                any(not 0 <= b < 1 for b in self.optimizer.betas),
+                "optimizer.betas: both must be in [0, 1), for instance [0.9, 0.95]",
+            ),
+            (
+                self.preference.label_smoothing > 0 and self.preference.loss not in ("sigmoid", "robust"),
+                f"preference.label_smoothing: has no meaning for {self.preference.loss}; set it to 0",
+            ),
+            (
+                self.sft.reasoning_format.count("{completion}") != 1
+                or self.sft.reasoning_format.count("{reasoning}") != 1,
+                "sft.reasoning_format: must hold {reasoning} and {completion} once each",
+            ),
+        ]
+
+    def _generation_checks(self) -> list[tuple[bool, str]]:
+        rollout = self.rollout
+        prompt_limit = self.data.max_prompt_tokens or 1
+        names = [f.name or f.function for f in self.rewards.functions]
+        return [
             (
                 rollout.max_new_tokens >= rollout.max_model_len,
                 f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in "
@@ -375,9 +587,29 @@ class Config(Section):
                 f"rollout.max_model_len {rollout.max_model_len}; lower one of the first two or raise the last",
             ),
             (
-                policy.tokens_per_microbatch < rollout.max_model_len,
-                f"policy.tokens_per_microbatch: {policy.tokens_per_microbatch} cannot hold one sample of "
+                self.stage in ("rl", "distill") and self.policy.tokens_per_microbatch < rollout.max_model_len,
+                f"policy.tokens_per_microbatch: {self.policy.tokens_per_microbatch} cannot hold one sample of "
                 f"rollout.max_model_len {rollout.max_model_len} tokens; raise it or lower max_model_len",
+            ),
+            (
+                self.stage in ("rl", "distill") and rollout.temperature == 0,
+                "rollout.temperature: 0 is greedy, so all samples of a group are equal and nothing is learned; "
+                "use 1.0 for training (evaluation.temperature may be 0)",
+            ),
+            (
+                len(set(names)) < len(names),
+                "rewards.functions: two components have the same name; give each its own `name`",
+            ),
+        ]
+
+    def _rl_checks(self) -> list[tuple[bool, str]]:
+        rl = self.rl
+        return [
+            (not self.rewards.functions, "rewards.functions: is required: the reward functions, at least one"),
+            (
+                rl.samples_per_prompt < 2,
+                "rl.samples_per_prompt: GRPO compares the samples of one prompt, and one alone has advantage 0; "
+                "set it to 2 or more (4 to 16 are usual)",
             ),
             (
                 rl.minibatches_per_step > rl.prompts_per_step,
@@ -385,20 +617,8 @@ class Config(Section):
                 "use at most one minibatch per prompt (rl.prompts_per_step)",
             ),
             (
-                self.evaluation.every > 0 and data.evaluation is None,
-                "evaluation.every: there are no rows to evaluate on; set data.evaluation or evaluation.every=0",
-            ),
-            (
                 self.algorithm.correction.floor >= self.algorithm.correction.cap,
                 "algorithm.correction.floor: must be below algorithm.correction.cap",
-            ),
-            (
-                len(set(names)) < len(names),
-                "rewards.functions: two components have the same name; give each its own `name`",
-            ),
-            (
-                any(not 0 <= b < 1 for b in self.optimizer.betas),
-                "optimizer.betas: both must be in [0, 1), for instance [0.9, 0.95]",
             ),
         ]
 
@@ -420,110 +640,18 @@ class Config(Section):
         return "float32" if self.device == "cpu" else "bfloat16"
 
     @property
+    def generates(self) -> bool:
+        """Whether engines run: to learn from their samples, or to score answers to held-out prompts."""
+        if self.stage == "reward_model":
+            return False
+        return self.stage in ("rl", "distill") or bool(self.rewards.functions)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.model.adapter.kind != "none"
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates in one step of the loop; 1 is strictly on-policy."""
         return self.rl.minibatches_per_step * self.rl.epochs_per_step
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, in which a key that is given twice is an error (PyYAML silently takes the last)."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """A mapping's node, once its keys are known to differ."""
-        node: Any = super().compose_mapping_node(anchor)
-        seen = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} is given twice; keep one", key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=c` overrides (values are YAML), check everything.
-
-    Raises:
-        ConfigError: with one line per mistake: where, what, how to mend it.
-    """
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a YAML configuration") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except yaml.MarkedYAMLError as error:
-        place = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else f"{path}"
-        raise ConfigError(f"{place}: is not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections (model:, data:, rewards:, rl: ...)")
-    for override in overrides:
-        _apply_override(raw, override)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [line for e in error.errors() for line in _explain(e)]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: must look like section.key=value, for instance rl.steps=10")
-    *sections, last = key.split(".")
-    node = raw
-    for section in sections:
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-        node = child
-    try:
-        node[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-
-
-def _explain(error: Any) -> list[str]:
-    """One line per mistake from one pydantic error: `where: what; how to mend it`."""
-    loc = [str(part) for part in error["loc"] if not str(part).startswith("function-")]
-    where, kind = ".".join(loc), error["type"]
-    if kind == "extra_forbidden":
-        section = _section_at(loc[:-1])
-        known = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
-        return [f"{where}: unknown key; {hint}"]
-    if kind == "missing":
-        section = _section_at(loc[:-1])
-        field = section.model_fields.get(loc[-1]) if section else None
-        return [f"{where}: is required: {field.description if field else ''}".rstrip(": ")]
-    if kind == "value_error":
-        return [f"{where}: {line}" if where else line for line in str(error["ctx"]["error"]).splitlines()]
-    return [f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, but got {error['input']!r}"]
-
-
-def _section_at(loc: list[str]) -> type[BaseModel] | None:
-    """The section class at a path of keys, through lists, unions and annotations."""
-    current: Any = Config
-    for part in loc:
-        if part.isdigit():
-            continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
-            return None
-        current = _section_in(current.model_fields[part].annotation)
-    return current
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section class inside `X`, `X | None`, `list[X]`, `Annotated[X, ...]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation
-    return next((s for a in typing.get_args(annotation) if isinstance(s := _section_in(a), type)), None)

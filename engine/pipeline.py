@@ -1,52 +1,205 @@
-"""Runs a configuration from preflight to the saved model, and ends it in order whatever happens."""
+"""Runs the stages of a configuration in order, from preflight to the saved models, and ends in order whatever happens.
+
+    check every stage --> [ prepare --> start workers --> train --> save --> result.json ] x stages
+
+A stage that is finished is left as it is; one that was killed goes on from its newest whole checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from engine.config import Config
-from engine.plan import prepare
+import yaml
+
+from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, read_result, write_result
+from engine.config import Config, UserError
+from engine.config_file import STAGE_PREFIX, PipelineConfig
+from engine.model_folder import start_folder
+from engine.plan import Plan, prepare
 from engine.ray_token import use_private_token
-from engine.stages.rl import Result, RLStage
+from engine.roles import Workers
+from engine.stages.distill import DistillStage
+from engine.stages.loop import Loop, Result, Stage
+from engine.stages.preference import PreferenceStage
+from engine.stages.pretrain import PretrainStage
+from engine.stages.reward_model import RewardModelStage
+from engine.stages.rl import RLStage
+from engine.stages.sft import SFTStage
+from engine.tracking.redact import redact
 from engine.tracking.tracker import Tracker
 
 CLEAN_UP_S = 15.0
 """An interrupted run ends within this time."""
+_OFFLINE = {
+    "pretrain": PretrainStage,
+    "sft": SFTStage,
+    "reward_model": RewardModelStage,
+    "preference": PreferenceStage,
+    "distill": DistillStage,
+}
 
 
-def run(config: Config) -> Result:
-    """Check everything, start the workers, train, save. Returns the final model's folder and both ends' evaluations.
+def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Result:
+    """Check everything, start the workers, train, save. Returns the last stage's model and its held-out results.
 
     Ctrl-C and SIGTERM end the run as KeyboardInterrupt, with records flushed and every process gone.
+
+    Args:
+        config: one stage, or a pipeline of several.
+        start_from: the stage of a pipeline from which on everything is trained anew; earlier ones must be finished.
+            What the stages had made is moved aside, not deleted.
 
     Raises:
         UserError: something that the user can mend.
         ActorError: a worker failed, or missed a deadline.
     """
-    plan = prepare(config)
-    tracker = Tracker(config)
+    stages = dict(config.stages) if isinstance(config, PipelineConfig) else {config.name: config}
+    if start_from is not None:
+        _start_from(config, stages, start_from)
+    results = {name: result for name, stage in stages.items() if (result := _finished(stage)) is not None}
+    missing = [name for name in stages if name not in results]
+    plans = _preflight(stages, missing)
+    with contextlib.ExitStack() as stack:
+        if missing:
+            catch_signals = stack.enter_context(_interruptible())
+            stack.enter_context(_cluster([stages[name] for name in missing], catch_signals))
+        for name, stage in stages.items():
+            if name in missing:
+                models = {earlier: result.model for earlier, result in results.items()}
+                results[name] = _run_stage(resolved(stage, models), plans.get(name))
+            if len(stages) > 1:
+                state = "finished" if name in missing else "was finished already"
+                print(f"stage {name} {state}: {results[name].summary()}", flush=True)
+    return results[list(stages)[-1]]
+
+
+def resolved(config: Config, models: Mapping[str, Path]) -> Config:
+    """The configuration with every `stage:NAME` replaced by that stage's model, and `model.new` by its start folder."""
+
+    def path(given: str) -> str:
+        return str(models[given.removeprefix(STAGE_PREFIX)]) if given.startswith(STAGE_PREFIX) else given
+
+    start = str(start_folder(config)) if config.model.new is not None else path(config.model.path)
+    model = config.model.model_copy(update={"path": start})
+    distill = config.distill.model_copy(update={"teacher": path(config.distill.teacher)})
+    return config.model_copy(update={"model": model, "distill": distill})
+
+
+def _preflight(stages: Mapping[str, Config], missing: list[str]) -> dict[str, Plan]:
+    """Check all stages that are to run; returns the plan of the first, the others' are made when their turn comes.
+
+    A model that does not exist yet is stood for by the one it will start from.
+    """
+    stand_ins: dict[str, Path] = {}
+    plans: dict[str, Plan] = {}
+    for name, stage in stages.items():
+        config = resolved(stage, stand_ins)
+        stand_ins[name] = Path(config.model.path)
+        if name in missing:
+            unmade = stage.model.path.startswith(STAGE_PREFIX)
+            with _undone_on_error(config.run_dir):
+                plan = prepare(config, started=not unmade)
+            if name == missing[0]:
+                plans[name] = plan
+    return plans
+
+
+@contextlib.contextmanager
+def _undone_on_error(folder: Path) -> Iterator[None]:
+    """A folder that the preflight made is removed again when the preflight fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(made[0], ignore_errors=True)
+            for path in made[1:]:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
+
+
+def _start_from(config: Config | PipelineConfig, stages: Mapping[str, Config], name: str) -> None:
+    """Move aside what this stage and the later ones have made.
+
+    Raises:
+        UserError: there is no such stage, or an earlier one is not finished.
+    """
+    if not isinstance(config, PipelineConfig) or name not in stages:
+        known = ", ".join(stages) if isinstance(config, PipelineConfig) else "none: the file has no `stages:`"
+        raise UserError(f"--from {name}: no such stage; known: {known}")
+    names = list(stages)
+    for earlier in names[: names.index(name)]:
+        if _finished(stages[earlier]) is None:
+            raise UserError(
+                f"--from {name}: the earlier stage {earlier} is not finished; start from it, or leave --from out"
+            )
+    for later in names[names.index(name) :]:
+        folder = stages[later].run_dir
+        if folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+
+
+def _finished(config: Config) -> Result | None:
+    """The result of a stage that is finished and was run with these settings.
+
+    Raises:
+        UserError: its folder holds a run with other settings, finished or not.
+    """
+    if config.resume == "never":
+        return None
+    record = config.run_dir / "config.yaml"
+    if record.is_file():
+        old = yaml.safe_load(record.read_text(encoding="utf-8"))
+        changed = changed_settings(old, redact(config.model_dump(mode="json")))
+        if changed:
+            raise UserError(
+                f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:5])}); choose another name=, "
+                "delete it, or in a pipeline run this stage anew with --from"
+            )
+    found = read_result(config.run_dir)
+    return Result(Path(found["model"]), found["before"], found["after"]) if found else None
+
+
+@contextlib.contextmanager
+def _cluster(stages: list[Config], catch_signals: Callable[[], None]) -> Iterator[None]:
+    """A connection to Ray for these stages."""
+    if stages[0].ray.address is None:
+        use_private_token()
+    # Ray and the actors' libraries, only once the preflight has passed
+    from engine.cluster import connected
+
+    with connected(stages):
+        catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
+        yield
+
+
+def _run_stage(config: Config, plan: Plan | None) -> Result:
+    """One stage, from its records to its result."""
+    from engine.cluster import started_workers
+
+    plan = plan or prepare(config)
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
+    resumed = checkpoints.newest() if config.resume == "auto" else None
+    tracker = Tracker(config, resume_step=_resume_step(config, resumed))
     status = "failed"
     try:
-        with _interruptible() as catch_signals:
-            for reason in plan.skipped:
-                tracker.event("row_skipped", reason=reason)
-            if plan.skipped:
-                tracker.note(f"{len(plan.skipped)} rows skipped (events.jsonl says why)")
-            if config.ray.address is None:
-                use_private_token()
-            # Ray and the actors' libraries, only once the preflight has passed
-            from engine.cluster import connected, started_workers
-
-            with connected(config):
-                catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
-                with started_workers(config) as workers:
-                    result = RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts).run()
+        _note_start(tracker, plan, checkpoints, resumed)
+        with started_workers(config, updates=plan.updates, annotators=len(plan.annotators)) as workers:
+            stage = _stage(config, workers, tracker, plan)
+            result = Loop(config, stage, tracker, checkpoints).run(resumed)
+        write_result(config.run_dir, result.record())
         status = "succeeded"
         return result
     except KeyboardInterrupt:
@@ -58,6 +211,32 @@ def run(config: Config) -> Result:
         raise
     finally:
         tracker.close(status)
+
+
+def _resume_step(config: Config, resumed: Checkpoint | None) -> int | None:
+    """Step whose records are kept; -1 starts a killed run's records over, None makes a new folder."""
+    if resumed is not None:
+        return resumed.step
+    begun = config.resume == "auto" and (config.run_dir / "config.yaml").is_file()
+    return -1 if begun else None
+
+
+def _note_start(tracker: Tracker, plan: Plan, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
+    for reason in plan.skipped:
+        tracker.event("row_skipped", reason=reason)
+    if plan.skipped:
+        tracker.note(f"{len(plan.skipped)} rows skipped (events.jsonl says why)")
+    for reason in checkpoints.passed_over:
+        tracker.event("checkpoint_passed_over", reason=reason)
+        tracker.note(f"a checkpoint is not whole and was passed over: {reason}")
+    if resumed is not None:
+        tracker.note(f"goes on from the checkpoint of step {resumed.step}")
+
+
+def _stage(config: Config, workers: Workers, tracker: Tracker, plan: Plan) -> Stage:
+    if config.stage == "rl":
+        return RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts)
+    return _OFFLINE[config.stage](config, workers, tracker, plan)
 
 
 @contextlib.contextmanager

@@ -1,39 +1,78 @@
-"""Preflight: everything that can be found wrong with a run before Ray, a model or a GPU starts."""
+"""Preflight: all that can be found wrong with a stage before Ray, a model or a GPU starts, and its rows as tokens."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from engine.config import Config, SourceConfig, UserError
+from engine.data.conversations import build_conversations
+from engine.data.corpus import Corpus, build_corpus
+from engine.data.examples import Example, PreparedExamples
+from engine.data.ngrams import unigram_and_bigram_perplexity
+from engine.data.pieces import Pieces
+from engine.data.preferences import build_pairs, build_unpaired
 from engine.data.prompts import Prompt, build_prompts
-from engine.data.sources import load_rows
+from engine.data.rankings import build_rankings
+from engine.data.sources import Rows, load_rows
+from engine.data.steps import build_steps
+from engine.model_folder import check_model, load_tokenizer, make_start
 from engine.rewards.contract import resolve_all
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that passed the checks."""
+    """A stage that passed the checks. What it has no use for is empty."""
 
-    train_prompts: list[Prompt]
-    held_out_prompts: list[Prompt]
-    skipped: list[str]
+    train: Sequence[Example] = ()
+    """Rows of an offline stage."""
+    held_out: Sequence[Example] = ()
+    """Rows to be measured on."""
+    general_text: Sequence[Example] = ()
+    """Pieces of text that show what is forgotten."""
+    train_prompts: Sequence[Prompt] = ()
+    """Prompts for reinforcement learning."""
+    held_out_prompts: Sequence[Prompt] = ()
+    """Prompts to be answered and scored."""
+    skipped: Sequence[str] = ()
     """Rows left out, each with its reason."""
+    rows: int = 0
+    """Rows that all updates together take."""
+    updates: int = 0
+    """Optimizer updates of the whole stage."""
+    annotators: tuple[str, ...] = ()
+    """Values of the column `annotator`, one reward head each."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Perplexity of n-gram models of the training text on the held-out text."""
 
 
-def prepare(config: Config) -> Plan:
+def prepare(config: Config, *, started: bool = True) -> Plan:
     """Check model folder, tokenizer, reward functions and every data row.
+
+    `started` is False while `config.model.path` stands for a model that an earlier stage will make: its tokenizer and
+    configuration are there, its weights are not.
 
     Raises:
         UserError: with what is wrong, where, and how to mend it.
     """
-    _check_model(config)
     resolve_all(config.rewards)
-    tokenizer = _load_tokenizer(config)
+    if config.model.new is not None:
+        make_start(config)
+    else:
+        check_model(config, weights=started)
+    tokenizer = load_tokenizer(config)
+    if config.stage == "distill":
+        _check_teacher(config, tokenizer)
+    if config.stage == "rl":
+        return _prompts_plan(config, tokenizer)
+    if config.stage == "pretrain":
+        return _text_plan(config, tokenizer)
+    return _examples_plan(config, tokenizer)
+
+
+def _prompts_plan(config: Config, tokenizer: Any) -> Plan:
     skipped: list[str] = []
 
     def prompts(source: SourceConfig) -> list[Prompt]:
@@ -44,71 +83,144 @@ def prepare(config: Config) -> Plan:
 
     train = prompts(config.data.train)
     held_out = prompts(config.data.evaluation)[: config.evaluation.prompts] if config.data.evaluation else []
-    return Plan(train, held_out, skipped)
+    updates = config.rl.steps * config.updates_per_step
+    return Plan(train_prompts=train, held_out_prompts=held_out, skipped=skipped, updates=updates)
 
 
-def _check_model(config: Config) -> None:
-    """The folder is one, and its context holds `rollout.max_model_len`. A Hub name is checked with its tokenizer."""
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        slashes = config.model.path.count("/")
-        if folder.is_absolute() or slashes > 1 or (slashes == 1 and folder.parent.is_dir()):
-            raise UserError(
-                f"model.path: {config.model.path}: no such folder; give a folder in Hugging Face format or a Hub name"
-            )
-        return
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"model.path: {folder} has no config.json; give a folder in Hugging Face format")
-    try:
-        context = json.loads(file.read_text()).get("max_position_embeddings")
-    except (ValueError, AttributeError):
-        raise UserError(f"model.path: {file} is not a JSON object; save the model again") from None
-    if isinstance(context, int) and config.rollout.max_model_len > context:
+def _text_plan(config: Config, tokenizer: Any) -> Plan:
+    train = _corpus(config, config.data.train, tokenizer, "train")
+    held_out = _corpus(config, config.data.evaluation, tokenizer, "held_out") if config.data.evaluation else None
+    general = _corpus(config, config.data.general_text, tokenizer, "general") if config.data.general_text else None
+    baselines: dict[str, float] = {}
+    if held_out is not None:
+        unigram, bigram = unigram_and_bigram_perplexity(train, held_out, len(tokenizer))
+        baselines = {"eval/unigram_perplexity": unigram, "eval/bigram_perplexity": bigram}
+    rows, updates = _amount(config, len(train))
+    return Plan(
+        train=Pieces(train),
+        held_out=Pieces(held_out, config.evaluation.prompts) if held_out is not None else (),
+        general_text=Pieces(general) if general is not None else (),
+        skipped=train.skipped + (held_out.skipped if held_out else []),
+        rows=rows,
+        updates=updates,
+        baselines=baselines,
+    )
+
+
+def _corpus(config: Config, source: SourceConfig, tokenizer: Any, name: str) -> Corpus:
+    folder = config.run_dir / "corpus" / name
+    return build_corpus(source, tokenizer, folder, data=config.data, max_length=config.training.max_length)
+
+
+def _examples_plan(config: Config, tokenizer: Any) -> Plan:
+    data = config.data
+    train = _build(config, data.train, tokenizer)
+    held_out = _build(config, data.evaluation, tokenizer, annotators=train.annotators) if data.evaluation else None
+    examples = held_out.examples[: config.evaluation.prompts] if held_out else []
+    rows, updates = _amount(config, len(train.examples))
+    answers = config.generates and not (config.stage == "distill" and config.distill.mode == "sequence")
+    return Plan(
+        train=train.examples,
+        held_out=examples,
+        general_text=Pieces(_corpus(config, data.general_text, tokenizer, "general")) if data.general_text else (),
+        held_out_prompts=_held_out_prompts(config, examples) if answers else (),
+        skipped=train.skipped + (held_out.skipped if held_out else []),
+        rows=rows,
+        updates=updates,
+        annotators=train.annotators,
+    )
+
+
+def _build(
+    config: Config, source: SourceConfig, tokenizer: Any, annotators: tuple[str, ...] | None = None
+) -> PreparedExamples:
+    """The rows of a source as token sequences, in the way of the stage."""
+    data, longest = config.data, config.training.max_length
+    prompted = config.stage == "distill" and config.distill.on_policy_fraction == 1
+    required = ("prompt",) if prompted else ()
+    rows = load_rows(source, columns=data.columns, on_bad_row=data.on_bad_row, required=required)
+    common: dict[str, Any] = {"data": data, "max_length": longest}
+    match config.stage, config.reward_model.kind:
+        case "preference", _:
+            build = build_unpaired if config.preference.loss == "kto" else build_pairs
+            return build(rows, tokenizer, **common)
+        case "reward_model", "process":
+            return build_steps(rows, tokenizer, separator=config.reward_model.step_separator, **common)
+        case "reward_model", kind:
+            build = build_rankings if kind == "ranking" else build_pairs
+            prepared = build(rows, tokenizer, score_last=True, **common)
+            return _with_annotators(config, prepared, annotators)
+        case "distill", _ if prompted:
+            return _bare_prompts(config, rows, tokenizer)
+        case _:
+            return build_conversations(rows, tokenizer, sft=config.sft, **common)
+
+
+def _amount(config: Config, available: int) -> tuple[int, int]:
+    """(rows, updates): `training.updates` full ones, or those of `training.epochs`, where the last may be smaller."""
+    training = config.training
+    if training.updates is not None:
+        return training.updates * training.rows_per_update, training.updates
+    rows = max(1, round(training.epochs * available))
+    return rows, math.ceil(rows / training.rows_per_update)
+
+
+def _held_out_prompts(config: Config, examples: Sequence[Example]) -> list[Prompt]:
+    """The prompts of held-out rows, to be answered.
+
+    Raises:
+        UserError: one leaves no room for an answer.
+    """
+    prompts = [example.prompt for example in examples if example.prompt is not None]
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if longest > config.max_prompt_tokens:
         raise UserError(
-            f"rollout.max_model_len: {config.rollout.max_model_len} is over the {context} tokens that the model was "
-            f"made for (max_position_embeddings in {file}); lower it"
+            f"data.evaluation: a prompt has {longest} tokens, the limit is {config.max_prompt_tokens}; raise "
+            "rollout.max_model_len or data.max_prompt_tokens, or leave rewards.functions out, which score the answers"
         )
-    _check_weights(folder)
+    return prompts
 
 
-def _check_weights(folder: Path) -> None:
-    """Every weight file is there and whole, going by its header."""
-    names = {file.name for file in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names |= {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"model.path: {index} is no whole index (a JSON object with weight_map); download or save the model "
-                "again"
-            ) from None
-    if not names:
-        raise UserError(f"model.path: {folder} holds no *.safetensors; save the model with save_pretrained")
-    for name in sorted(names):
-        try:
-            with safe_open(folder / name, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"model.path: {folder / name} is no whole safetensors file ({error}); download or save the model again"
-            ) from None
+def _bare_prompts(config: Config, rows: Rows, tokenizer: Any) -> PreparedExamples:
+    """Prompts that the student will answer."""
+    limit = min(config.max_prompt_tokens, config.training.max_length - 1)
+    prepared = build_prompts(rows, tokenizer, data=config.data, max_prompt_tokens=limit)
+    examples = [Example(sequences=(), labels={}, row=prompt.row, prompt=prompt) for prompt in prepared.prompts]
+    return PreparedExamples(examples, prepared.skipped)
 
 
-def _load_tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
+def _with_annotators(config: Config, prepared: PreparedExamples, known: tuple[str, ...] | None) -> PreparedExamples:
+    """Annotators numbered as in the training rows (`known`), or left out where they have no heads.
 
-    try:
-        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # transformers raises a dozen kinds here
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(config.model.path).is_dir():
-            message = f"no tokenizer could be loaded: {why}; check the folder's tokenizer files"
-        else:
-            message = (
-                f"no such folder, and no tokenizer could be loaded from the Hub under that name: {why}; give an "
-                f"existing folder (paths start at the working directory {Path.cwd()}), or check the Hub name's "
-                "spelling and the network"
-            )
-        raise UserError(f"model.path: {config.model.path}: {message}") from None
+    Raises:
+        UserError: heads are wanted and rows name no annotator, or one that the training rows do not have.
+    """
+    if not config.reward_model.annotator_heads:
+        return replace(prepared, annotators=())
+    if not prepared.annotators:
+        raise UserError("reward_model.annotator_heads: the rows have no column 'annotator'; add it or set it to false")
+    names = known if known is not None else prepared.annotators
+    if new := [name for name in prepared.annotators if name not in names]:
+        raise UserError(
+            f"data.evaluation: annotator {new[0]!r} is not in the training rows, so there is no head for it"
+        )
+    number = {float(i): float(names.index(name)) for i, name in enumerate(prepared.annotators)}
+    examples = [
+        replace(e, labels=e.labels | {"annotator": tuple(number[i] for i in e.labels["annotator"])})
+        for e in prepared.examples
+    ]
+    return replace(prepared, examples=examples, annotators=names)
+
+
+def _check_teacher(config: Config, tokenizer: Any) -> None:
+    """The teacher speaks the student's vocabulary.
+
+    Raises:
+        UserError: it does not.
+    """
+    teacher = load_tokenizer(config, path=config.distill.teacher, key="distill.teacher")
+    if teacher.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distill.teacher: {config.distill.teacher} has another vocabulary than {config.model.path}, so their "
+            "distributions cannot be compared; use a teacher of the same family"
+        )

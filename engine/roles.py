@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -58,20 +58,49 @@ class Rollouts(Protocol):
         """Yields (key, responses) as each prompt's responses are whole, in any order."""
 
     def publish(self, version: int) -> dict[str, float]:
-        """Bring every engine to the policy's current weights under this version; returns timings and sizes."""
+        """Bring every engine to the policy's current weights under this version; returns timings and sizes.
+
+        Engines that hold this version already are left as they are.
+        """
 
 
-class Policy(Protocol):
-    """The trained model."""
-
-    def logprobs(self, batch: Batch) -> np.ndarray:
-        """[T] float32: log-probs of the trained tokens, 0 elsewhere."""
+class Trained(Protocol):
+    """What every trained model does."""
 
     def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer update per minibatch; returns metrics."""
 
-    def save(self, folder: Path) -> None:
-        """Write the model in Hugging Face format, whole or not at all."""
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write the model in Hugging Face format, whole or not at all; a reward model's `record` beside it."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what training goes on from."""
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote."""
+
+
+class Policy(Trained, Protocol):
+    """The trained language model."""
+
+    def logprobs(self, batch: Batch) -> np.ndarray:
+        """[T] float32: log-probs of the trained tokens, 0 elsewhere."""
+
+    def base_logprobs(self, batch: Batch) -> np.ndarray:
+        """[T] float32: the same under the frozen weights below the adapter."""
+
+    def predictions(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Of the trained tokens: log-probs, and 1 where the token is the likeliest; both [T] float32, 0 elsewhere."""
+
+    def divergences(self, batch: Batch) -> np.ndarray:
+        """[T] float32: divergence of the trained tokens' distributions from the teacher's, 0 elsewhere."""
+
+
+class RewardModel(Trained, Protocol):
+    """The trained reward model."""
+
+    def scores(self, batch: Batch) -> np.ndarray:
+        """[T] float32: scores at the scored tokens, 0 elsewhere."""
 
 
 class Reference(Protocol):
@@ -92,11 +121,22 @@ class Rewards(Protocol):
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Everything an online RL stage drives."""
+class Sampling:
+    """What answers prompts and scores the answers."""
 
-    policy: Policy
-    reference: Reference | None
-    """None when the KL coefficient is 0."""
     rollouts: Rollouts
     rewards: Rewards
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Everything that a stage drives. What it does not need is None."""
+
+    policy: Policy | None = None
+    """The language model in training."""
+    reward_model: RewardModel | None = None
+    """The reward model in training, in a stage of that kind."""
+    reference: Reference | None = None
+    """The starting policy, where the loss needs it and the policy has no frozen weights of its own."""
+    sampling: Sampling | None = None
+    """Engines and reward functions."""

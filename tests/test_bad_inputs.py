@@ -15,7 +15,7 @@ import yaml
 
 import engine
 from engine.cli import FAILURE, USER_ERROR, main
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.plan import prepare
 
 
@@ -190,9 +190,9 @@ CASES = [
     case("answer as last message", lambda r: r.rows('{"prompt": [{"role": "assistant", "content": "1"}]}'),
          "bad.jsonl:1: ", "end with the one to be answered"),
     case("prompt too long", lambda r: r.rows(GOOD, json.dumps({"prompt": "a b c " * 200})), "jsonl:2: the prompt has",
-         "the limit is 56", "raise data.max_prompt_tokens", "data.on_long_prompt: skip"),
+         "the limit is 56", "raise data.max_prompt_tokens", "data.on_long_row: skip"),
     case("prompt too long to be cut", lambda r: r.rows(json.dumps({"prompt": "a b c " * 200})) or r.set(
-         "data.on_long_prompt", "truncate"), "cut into the chat template", "shorten them", "bad.jsonl:1: "),
+         "data.on_long_row", "truncate"), "cut into the chat template", "shorten them", "bad.jsonl:1: "),
     case("cells missing", lambda r: r.rows("prompt,answer", "one", name="bad.csv"), "bad.csv:2: has 1 cells"),
     case("not parquet", lambda r: r.rows("x", name="bad.parquet"), "bad.parquet: not a valid parquet file"),
     case("unknown kind of file", lambda r: r.rows(GOOD, name="rows.xls"), "rows.xls': unknown kind", ".jsonl"),

@@ -1,6 +1,6 @@
-"""Statistics of an evaluation, each with its standard error: a score without one cannot be compared.
+"""Statistics of an evaluation: scores with their standard errors, without which they cannot be compared.
 
-Legend: P prompts.
+Legend: P prompts; N predictions.
 """
 
 from __future__ import annotations
@@ -61,3 +61,34 @@ def mean_and_standard_error(values: Sequence[float] | np.ndarray) -> tuple[float
         raise ValueError("there is nothing to average: the evaluation has no prompt")
     error = float(values_P.std(ddof=1)) / math.sqrt(values_P.size) if values_P.size > 1 else math.nan
     return float(values_P.mean()), error
+
+
+def calibration_error(
+    probabilities_N: Sequence[float] | np.ndarray, outcomes_N: Sequence[float] | np.ndarray, *, bins: int = 10
+) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): how far predicted chances are from what happened.
+
+    Predictions go into `bins` equal intervals (a, b] of [0, 1], the first with its lower end; the result is the mean
+    over predictions of |share of its bin that came true - mean prediction of its bin|, in [0, 1].
+
+    Of a preference model, predict something that can go both ways: for pairs stored with the winner first, the
+    confidence max(p, 1 - p), and as its outcome p > 0.5.
+
+    Args:
+        probabilities_N: [N] predicted chances, in [0, 1].
+        outcomes_N: [N] bool, or numbers in [0, 1].
+        bins: at least 1. More bins hide less, but their shares are noisier, which raises the result.
+
+    Raises:
+        ValueError: for no prediction, different sizes, numbers outside [0, 1] (NaN included), or no bin.
+    """
+    chances_N, came_true_N = (np.asarray(x, dtype=np.float64) for x in (probabilities_N, outcomes_N))
+    if chances_N.ndim != 1 or chances_N.shape != came_true_N.shape or chances_N.size == 0:
+        raise ValueError(f"one outcome per prediction is needed: {came_true_N.shape} for {chances_N.shape}")
+    if not all(bool(((x >= 0) & (x <= 1)).all()) for x in (chances_N, came_true_N)):
+        raise ValueError("predicted chances and outcomes must be in [0, 1]")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    bin_N = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], chances_N, side="left")
+    # |bin| / N * |mean difference of the bin| = |sum of differences| / N
+    return float(np.abs(np.bincount(bin_N, weights=came_true_N - chances_N)).sum() / chances_N.size)

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens straight from hidden states, without the [T, V] matrix of logits.
+"""What the output layer says of given tokens, straight from hidden states, without the [T, V] matrix of logits.
 
 Legend: T tokens, H hidden size, V vocabulary, C tokens of one chunk.
 """
@@ -42,15 +42,40 @@ def token_logprobs(
     Raises:
         ValueError: for sizes that do not fit together, a temperature that is not positive, or an empty chunk.
     """
-    if hidden_T.dim() != 2 or weight.dim() != 2 or hidden_T.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [T, H] and weight [V, H] are needed: {list(hidden_T.shape)}, {list(weight.shape)}")
-    if targets_T.shape != hidden_T.shape[:1]:
-        raise ValueError(f"one target per token is needed: {list(targets_T.shape)} for {len(hidden_T)} tokens")
+    check_head(hidden_T, weight, chunk_tokens)
+    _check_targets(hidden_T, targets_T)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}: at 0 there is no distribution")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     return _TokenLogprobs.apply(hidden_T, weight, targets_T, temperature, chunk_tokens)
+
+
+@torch.no_grad()
+def greedy_hits(
+    hidden_T: torch.Tensor, weight: torch.Tensor, targets_T: torch.Tensor, *, chunk_tokens: int = 1024
+) -> torch.Tensor:
+    """[T] bool: whether each target is the token that greedy decoding would take (accuracy under teacher forcing).
+
+    Of equal logits the first in the vocabulary counts. Logits exist for one chunk of tokens at a time, in the
+    precision of `token_logprobs`, and nothing carries a gradient.
+
+    Args:
+        hidden_T: [T, H] last hidden states; T may be 0.
+        weight: [V, H] output embeddings.
+        targets_T: [T] int64 token ids.
+        chunk_tokens: C; the work memory is about C * V numbers.
+
+    Raises:
+        ValueError: for sizes that do not fit together, or an empty chunk.
+    """
+    check_head(hidden_T, weight, chunk_tokens)
+    _check_targets(hidden_T, targets_T)
+    dtype = compute_dtype(hidden_T, weight)
+    weight = weight.to(dtype)
+    hits_T = torch.empty_like(targets_T, dtype=torch.bool)
+    with torch.autocast(hidden_T.device.type, enabled=False):
+        for span in chunk_spans(len(hidden_T), chunk_tokens):
+            hits_T[span] = (hidden_T[span].to(dtype) @ weight.T).argmax(1) == targets_T[span]
+    return hits_T
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -67,12 +92,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden_T, weight, targets_T)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        dtype = _compute_dtype(hidden_T, weight)
+        dtype = compute_dtype(hidden_T, weight)
         weight = weight.to(dtype)
         logp_T = hidden_T.new_empty(len(hidden_T), dtype=dtype)
         entropy_T = torch.empty_like(logp_T)
         with torch.autocast(hidden_T.device.type, enabled=False):
-            for span in _spans(len(hidden_T), chunk_tokens):
+            for span in chunk_spans(len(hidden_T), chunk_tokens):
                 logp_CV = _log_softmax(hidden_T[span].to(dtype), weight, temperature)
                 logp_T[span] = logp_CV.gather(1, targets_T[span, None])[:, 0]
                 entropy_T[span] = -logp_CV.exp().mul_(logp_CV).sum(1)
@@ -85,13 +110,13 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logp_T: torch.Tensor, grad_entropy_T: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden_T, weight, targets_T = ctx.saved_tensors
-        dtype = _compute_dtype(hidden_T, weight)
+        dtype = compute_dtype(hidden_T, weight)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_T = torch.empty_like(hidden_T) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         whole_weight = weight.to(dtype)
         with torch.autocast(hidden_T.device.type, enabled=False):
-            for span in _spans(len(hidden_T), ctx.chunk_tokens):
+            for span in chunk_spans(len(hidden_T), ctx.chunk_tokens):
                 hidden_C = hidden_T[span].to(dtype)
                 scale_C1 = grad_logp_T[span, None] / ctx.temperature
                 # d logp(target) / d logits = onehot(target) - softmax
@@ -108,9 +133,28 @@ def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: floa
     return torch.log_softmax((hidden_C @ weight.T).div_(temperature), dim=1)
 
 
-def _compute_dtype(hidden_T: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (hidden_T.dtype, weight.dtype) else torch.float32
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if a tensor is, else float32."""
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
-def _spans(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+def chunk_spans(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """The slices of at most `chunk_tokens` tokens that make up the whole."""
     return (slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens))
+
+
+def check_head(hidden_T: torch.Tensor, weight: torch.Tensor, chunk_tokens: int) -> None:
+    """Refuses what no output layer can be applied to.
+
+    Raises:
+        ValueError: if hidden [T, H] and weight [V, H] do not fit together, or a chunk would be empty.
+    """
+    if hidden_T.dim() != 2 or weight.dim() != 2 or hidden_T.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [T, H] and weight [V, H] are needed: {list(hidden_T.shape)}, {list(weight.shape)}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+
+
+def _check_targets(hidden_T: torch.Tensor, targets_T: torch.Tensor) -> None:
+    if targets_T.shape != hidden_T.shape[:1]:
+        raise ValueError(f"one target per token is needed: {list(targets_T.shape)} for {len(hidden_T)} tokens")

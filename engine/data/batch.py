@@ -1,6 +1,7 @@
 """Ragged batches: flat arrays plus lengths, never padded. numpy, so that the object store reads them without a copy.
 
-Legend: B samples, T = sum(seq_lens) tokens (prompt, response and observations, sample after sample).
+Legend: B samples, T = sum(seq_lens) tokens (prompt, response and observations, sample after sample). Samples of one
+group (the responses to a prompt, the two of a pair) have the same `group_ids`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ SAMPLE_FIELDS = ("seq_lens", "group_ids", "sample_ids", "totals")
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of the policy, token by token."""
+    """Samples, token by token: of the policy, or of rows (see `offline`)."""
 
     tokens: np.ndarray
     """[T] int32: token ids."""
     seq_lens: np.ndarray
     """[B] int32: tokens of each sample."""
     loss_mask: np.ndarray
-    """[T] bool: True on tokens that the policy produced and is trained on."""
+    """[T] bool: True on tokens that are trained on (or, for a reward model, scored)."""
     rollout_logp: np.ndarray
     """[T] float32: log-prob under the sampling distribution (temperature included); 0 where not generated."""
     version: np.ndarray
@@ -37,7 +38,33 @@ class Batch:
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
     """name -> [B] float32: each component, unweighted; NaN is "no opinion"."""
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
-    """name -> [T] float32: `advantages`, `ref_logp`, `old_logp`; 0 where loss_mask is False."""
+    """name -> [T] float32: `advantages`, `ref_logp`, `old_logp`, `labels`; 0 where loss_mask is False."""
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    """name -> [B] float32: what a row says about a sample, e.g. `rank`, `margin`, or `ref_logp`, a sum over it."""
+
+    @staticmethod
+    def offline(
+        tokens: np.ndarray,
+        seq_lens: np.ndarray,
+        loss_mask: np.ndarray,
+        group_ids: np.ndarray,
+        *,
+        labels: dict[str, np.ndarray] | None = None,
+        annotations: dict[str, np.ndarray] | None = None,
+    ) -> Batch:
+        """Samples that no policy of this run generated."""
+        return Batch(
+            tokens=tokens,
+            seq_lens=seq_lens,
+            loss_mask=loss_mask,
+            rollout_logp=np.zeros(len(tokens), np.float32),
+            version=np.full(len(tokens), -1, np.int32),
+            group_ids=group_ids,
+            sample_ids=np.arange(len(seq_lens), dtype=np.int64),
+            totals=np.zeros(len(seq_lens), np.float32),
+            annotations=annotations or {},
+            labels=labels or {},
+        )
 
     def __post_init__(self) -> None:
         total = int(self.seq_lens.sum())
@@ -45,7 +72,7 @@ class Batch:
         for name, values in [*flat, *self.annotations.items()]:
             assert len(values) == total, f"{name} has {len(values)} tokens, not {total}"
         per_sample = ((name, getattr(self, name)) for name in SAMPLE_FIELDS)
-        for name, values in [*per_sample, *self.rewards.items()]:
+        for name, values in [*per_sample, *self.rewards.items(), *self.labels.items()]:
             assert len(values) == len(self.seq_lens), f"{name} has {len(values)} samples, not {len(self.seq_lens)}"
 
     def __len__(self) -> int:
@@ -67,11 +94,28 @@ class Batch:
             **chosen,
             rewards={name: values[index_B] for name, values in self.rewards.items()},
             annotations={name: values[index_T] for name, values in self.annotations.items()},
+            labels={name: values[index_B] for name, values in self.labels.items()},
         )
 
     def annotate(self, **annotations: np.ndarray) -> Batch:
         """The same samples with more annotations."""
         return replace(self, annotations=self.annotations | annotations)
+
+    def label(self, **labels: np.ndarray) -> Batch:
+        """The same samples with more labels."""
+        return replace(self, labels=self.labels | labels)
+
+    def groups(self) -> list[list[int]]:
+        """Positions of each group's samples, groups in the order of their first one."""
+        members: dict[int, list[int]] = {}
+        for position, group in enumerate(self.group_ids.tolist()):
+            members.setdefault(group, []).append(position)
+        return list(members.values())
+
+    def sum_per_sample(self, values_T: np.ndarray) -> np.ndarray:
+        """[B] float64 sums over each sample's trained tokens."""
+        kept = np.where(self.loss_mask, values_T, 0.0)
+        return np.add.reduceat(kept, self._starts(), dtype=np.float64) if len(self) else np.zeros(0)
 
     def _starts(self) -> np.ndarray:
         return np.cumsum(self.seq_lens, dtype=np.int64) - self.seq_lens

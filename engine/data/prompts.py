@@ -37,7 +37,7 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
 
     With a chat template (`data.chat_template`), text becomes a user message after `data.system_prompt`, and the ids
     are those of the template itself, with its generation prompt. Without one, text is tokenised with the tokenizer's
-    special tokens. `data.on_long_prompt` "truncate" keeps the last `max_prompt_tokens` ids of plain text; the start of
+    special tokens. `data.on_long_row` "truncate" keeps the last `max_prompt_tokens` ids of plain text; the start of
     a chat template is never cut off.
 
     Args:
@@ -46,23 +46,23 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
 
     Raises:
         UserError: a template is needed and there is none, or it is malformed; a prompt cannot be rendered (unless
-            `data.on_bad_row` is "skip") or is too long (unless `data.on_long_prompt` is "skip", or "truncate" and no
+            `data.on_bad_row` is "skip") or is too long (unless `data.on_long_row` is "skip", or "truncate" and no
             template is used); none is left.
     """
-    templated = _uses_template(tokenizer, data)
+    templated = uses_template(tokenizer, data)
     prompts: list[Prompt] = []
     unusable: list[str] = []
     too_long: list[str] = []
     skipped: list[str] = []
     for place, row in zip(rows.places, rows.rows, strict=True):
         try:
-            ids = _tokenise(row["prompt"], tokenizer, templated, data.system_prompt)
-        except _PromptError as error:
+            ids = tokenise_prompt(row["prompt"], tokenizer, templated, data.system_prompt)
+        except RowError as error:
             unusable.append(f"{place}: {error}")
             skipped.append(unusable[-1])
             continue
         prompt = row["prompt"]
-        if len(ids) > max_prompt_tokens and data.on_long_prompt == "truncate" and not templated:
+        if len(ids) > max_prompt_tokens and data.on_long_row == "truncate" and not templated:
             ids = ids[-max_prompt_tokens:]
             prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         elif len(ids) > max_prompt_tokens:
@@ -72,7 +72,7 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
         prompts.append(Prompt(tuple(ids), prompt, row))
     if unusable and data.on_bad_row == "fail":
         raise bad_rows_error("prompts", unusable, len(rows.rows))
-    if too_long and data.on_long_prompt != "skip":
+    if too_long and data.on_long_row != "skip":
         raise _too_long_error(too_long, len(rows.rows), data, templated)
     if not prompts:
         shown = "".join(f"\n  {reason}" for reason in skipped[:10])
@@ -83,20 +83,25 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
 def _too_long_error(too_long: list[str], total: int, data: DataConfig, templated: bool) -> UserError:
     shown = "".join(f"\n  {reason}" for reason in too_long[:10])
     what = f"{len(too_long)} of {total} prompts are too long"
-    if data.on_long_prompt == "truncate":
-        what += ", and data.on_long_prompt: truncate would cut into the chat template"
+    if data.on_long_row == "truncate":
+        what += ", and data.on_long_row: truncate would cut into the chat template"
     choices = "skip" if templated else "skip or truncate"
     return UserError(
         f"{what}; shorten them, raise data.max_prompt_tokens (or rollout.max_model_len), or set "
-        f"data.on_long_prompt: {choices}{shown}"
+        f"data.on_long_row: {choices}{shown}"
     )
 
 
-class _PromptError(Exception):
-    """This row's prompt cannot be tokenised; the message says why."""
+class RowError(Exception):
+    """This row cannot be used; the message says why."""
 
 
-def _uses_template(tokenizer: Any, data: DataConfig) -> bool:
+def uses_template(tokenizer: Any, data: DataConfig) -> bool:
+    """Whether prompts go through the tokenizer's chat template.
+
+    Raises:
+        UserError: `data` asks for a template (`chat_template: always`, a `system_prompt`) and none is used.
+    """
     has_template = bool(tokenizer.chat_template)
     if data.chat_template == "always" and not has_template:
         raise UserError("data.chat_template: is always, but the tokenizer has no chat template; use auto or never")
@@ -107,28 +112,55 @@ def _uses_template(tokenizer: Any, data: DataConfig) -> bool:
     return templated
 
 
-def _tokenise(prompt: Any, tokenizer: Any, templated: bool, system_prompt: str | None) -> list[int]:
+def tokenise_prompt(prompt: Any, tokenizer: Any, templated: bool, system_prompt: str | None) -> list[int]:
+    """Text or messages as what the model is given to continue.
+
+    Raises:
+        RowError: the template refuses them, there are messages but no template, or they give no tokens.
+        UserError: the template is malformed.
+    """
     if templated:
-        ids = _apply_template(prompt, tokenizer, system_prompt)
+        ids = apply_template(as_messages(prompt), tokenizer, system_prompt, tokenize=True, add_generation_prompt=True)
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+            ids = ids[:-1]  # a tokenizer that ends every text, while this one is to be continued
     else:
-        raise _PromptError(
+        raise RowError(
             "the prompt is a list of messages, which needs a chat template, and none is used; give text, a tokenizer "
             "with a template, or data.chat_template: auto"
         )
     if not ids:
-        raise _PromptError("the prompt gives no tokens")
+        raise RowError("the prompt gives no tokens")
     return list(ids)
 
 
-def _apply_template(prompt: Any, tokenizer: Any, system_prompt: str | None) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def as_messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Text as a user message; messages as they are."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def apply_template(
+    messages: list[dict[str, Any]],
+    tokenizer: Any,
+    system_prompt: str | None,
+    *,
+    tokenize: bool,
+    add_generation_prompt: bool,
+) -> Any:
+    """Messages as ids (`tokenize`) or as text, after the system prompt unless they begin with one of their own.
+
+    Raises:
+        RowError: the template refuses the messages.
+        UserError: the template is malformed.
+    """
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
     except TemplateSyntaxError as error:
         raise UserError(f"the tokenizer's chat template is malformed (line {error.lineno}): {error}") from error
     except Exception as error:  # a template is a program: it raises what it likes
-        raise _PromptError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        raise RowError(f"the chat template failed: {type(error).__name__}: {error}") from error

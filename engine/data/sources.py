@@ -1,4 +1,9 @@
-"""Rows from files, callables and Hugging Face datasets; every bad row is reported with its place and the reason."""
+"""Rows from files, callables and Hugging Face datasets; every bad row is reported with its place and the reason.
+
+file, glob, callable, dataset -> _Read (place, row or problem) -> checked, columns renamed
+    stream_rows: one (place, row) at a time, for more rows than memory holds
+    load_rows: all of them
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,10 @@ import glob
 import gzip
 import json
 import re
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,9 +23,12 @@ from engine.config import SourceConfig, UserError
 from engine.user_code import describe_error, load_object
 
 _SHOWN = 10
+_LISTED = 1000
 _CALLABLE = re.compile(r"([^:]+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool")
+_PARQUET_ROWS = 1024  # read at once
+_CSV_CELL = 2**30  # bytes; the limit of the csv module, 128 KiB, is below the size of many documents
 
 
 @dataclass(frozen=True)
@@ -41,50 +51,132 @@ class _Read:
     problem: str | None = None
 
 
+@dataclass
+class RowStream:
+    """The usable rows of a source, read anew each time it is iterated and never all held; made by `stream_rows`.
+
+    Iterating gives (place, row). At the end of the source, and not before, it raises what `check` raises.
+    """
+
+    source: SourceConfig
+    columns: dict[str, str]
+    on_bad_row: str
+    required: tuple[str, ...]
+    most_listed: int | None
+    """Longest `problems` may get."""
+    num_rows: int = 0
+    """Usable rows of this pass so far."""
+    num_bad: int = 0
+    """Bad rows of this pass so far."""
+    problems: list[str] = field(default_factory=list)
+    """One `place: reason` for each of the first bad rows, in order."""
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.num_rows, self.num_bad, self.problems = 0, 0, []
+        for read in _read_source(self.source):
+            row, problem = (None, read.problem) if read.problem else _check(read.row, self.columns, self.required)
+            self.num_rows += 1
+            if row is None:
+                self.reject(read.place, str(problem))
+            else:
+                yield read.place, row
+        self.check()
+
+    def reject(self, place: str, reason: str) -> None:
+        """Count a row that this stream gave as a bad one after all, for a reason that its consumer found.
+
+        After the last row, `check` must be called again.
+        """
+        self.num_rows -= 1
+        self.num_bad += 1
+        if self.most_listed is None or len(self.problems) < self.most_listed:
+            self.problems.append(f"{place}: {reason}")
+
+    def check(self) -> None:
+        """Judge the pass that is over.
+
+        Raises:
+            UserError: a row is bad and `on_bad_row` is "fail", or no row is usable.
+        """
+        where = f"data source {self.source.path!r}"
+        if self.num_bad and self.on_bad_row == "fail":
+            raise bad_rows_error(where, self.problems, self.num_rows + self.num_bad, num_bad=self.num_bad)
+        if not self.num_rows:
+            detail = "".join(f"\n  {p}" for p in self.problems[:_SHOWN])
+            why = f"all {self.num_bad} are bad; mend them" if self.num_bad else "it is empty; give it at least one"
+            raise UserError(f"{where}: there are no usable rows: {why}{detail}")
+
+
+def stream_rows(
+    source: SourceConfig, *, columns: dict[str, str], on_bad_row: str, required: tuple[str, ...] = ("prompt",)
+) -> RowStream:
+    """The rows of a source one by one, checked, for a source that may be larger than memory.
+
+    Files of one document (.txt) or one list (.json) are held whole, one at a time; the others are read piece by piece.
+    Arguments as in `load_rows`. Nothing is read, and no error raised, before the result is iterated.
+    """
+    return RowStream(source, columns, on_bad_row, required, most_listed=_LISTED)
+
+
 def load_rows(
     source: SourceConfig, *, columns: dict[str, str], on_bad_row: str, required: tuple[str, ...] = ("prompt",)
 ) -> Rows:
     """Read and check all rows of a source.
 
     Args:
-        source: a jsonl, json, csv (also gzipped) or parquet file or glob; `pkg.mod:fn` or `file.py:fn`, called with
-            `source.arguments`, returning an iterable of dicts; else a local dataset folder or a Hugging Face name.
-            Values read from csv are strings.
+        source: a jsonl, json, csv, txt (also gzipped) or parquet file or glob; `pkg.mod:fn` or `file.py:fn`, called
+            with `source.arguments`, returning an iterable of dicts; else a local dataset folder or a Hugging Face
+            name. Values read from csv are strings; a txt file is one row with the one column `text`.
         columns: renames, our name -> the name in the rows.
         on_bad_row: "fail", or "skip" to leave bad rows out and say why in `Rows.skipped`.
-        required: columns (ours) that every row must have; `prompt` is also checked for its form: a non-empty string
-            or a list of messages that does not end with the assistant's.
+        required: columns (ours) that every row must have. Of these, `prompt` is also checked for its form, a non-empty
+            string or a list of messages that does not end with the assistant's, and `text`, a non-empty string.
 
     Raises:
         UserError: the source cannot be read, a row is bad and `on_bad_row` is "fail", or no row is usable.
     """
+    stream = RowStream(source, columns, on_bad_row, required, most_listed=None)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
-    problems: list[str] = []
-    for read in _read_source(source):
-        checked, problem = (None, read.problem) if read.problem else _check(read.row, columns, required)
-        if checked is None:
-            problems.append(f"{read.place}: {problem}")
-        else:
-            rows.append(checked)
-            places.append(read.place)
-    if problems and on_bad_row == "fail":
-        raise bad_rows_error(f"data source {source.path!r}", problems, len(rows) + len(problems))
-    if not rows:
-        detail = "".join(f"\n  {p}" for p in problems[:_SHOWN])
-        why = f"all {len(problems)} are bad; mend them" if problems else "it is empty; give it at least one"
-        raise UserError(f"data source {source.path!r}: there are no usable rows: {why}{detail}")
-    return Rows(rows, places, problems)
+    for place, row in stream:
+        rows.append(row)
+        places.append(place)
+    return Rows(rows, places, stream.problems)
 
 
-def bad_rows_error(where: str, problems: Sequence[str], total: int) -> UserError:
-    """The one error for all bad rows: the first few, the count, the remedy."""
+def bad_rows_error(where: str, problems: Sequence[str], total: int, *, num_bad: int | None = None) -> UserError:
+    """The one error for all bad rows: the first few, the count, the remedy.
+
+    Args:
+        problems: one `place: reason` for each bad row, or for the first of them.
+        total: rows, bad and usable.
+        num_bad: bad rows; None is one for each of `problems`.
+    """
+    count = len(problems) if num_bad is None else num_bad
     shown = "".join(f"\n  {p}" for p in problems[:_SHOWN])
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    more = f"\n  ... and {count - _SHOWN} more" if count > _SHOWN else ""
     return UserError(
-        f"{where}: {len(problems)} bad of {total} rows; mend them, or set data.on_bad_row: skip to leave them out"
-        f"{shown}{more}"
+        f"{where}: {count} bad of {total} rows; mend them, or set data.on_bad_row: skip to leave them out{shown}{more}"
     )
+
+
+def source_files(source: SourceConfig) -> list[str]:
+    """The files that decide what the rows are, as far as that is known without reading them.
+
+    Of a callable, the file that defines it; what that reads, and a Hugging Face name, have none here.
+
+    Raises:
+        UserError: there is no such file, or the callable cannot be imported.
+    """
+    path = source.path
+    if _CALLABLE.fullmatch(path):
+        load_object(path, what="data source")
+        module = path.rpartition(":")[0]
+        file = module if module.endswith(".py") else getattr(sys.modules[module], "__file__", None)
+        return [file] if file else []
+    if Path(path).is_dir():
+        return sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+    return _find_files(path)
 
 
 def _read_source(source: SourceConfig) -> Iterator[_Read]:
@@ -93,14 +185,20 @@ def _read_source(source: SourceConfig) -> Iterator[_Read]:
         return _read_callable(path, source.arguments)
     if Path(path).is_dir():
         return _read_dataset(path, source)
-    files = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-    files = [f for f in files if Path(f).is_file()]
-    if files:
-        readers = [(file, _reader_of(file)) for file in files]
-        return (read for file, reader in readers for read in _read_file(file, reader))
-    if _HUB_NAME.fullmatch(path) and _suffix(path) not in _READERS:
+    files = _find_files(path)
+    if not files:
         return _read_dataset(path, source)
-    raise UserError(f"data source {path!r}: no such file; paths start at the working directory {Path.cwd()}")
+    readers = [(file, _reader_of(file)) for file in files]
+    return (read for file, reader in readers for read in _read_file(file, reader))
+
+
+def _find_files(path: str) -> list[str]:
+    """The files that a path or glob names, in order of name; none when it can only be a Hugging Face name."""
+    found = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
+    files = [file for file in found if Path(file).is_file()]
+    if not files and (not _HUB_NAME.fullmatch(path) or _suffix(path) in _READERS):
+        raise UserError(f"data source {path!r}: no such file; paths start at the working directory {Path.cwd()}")
+    return files
 
 
 def _suffix(path: str) -> str:
@@ -118,7 +216,7 @@ def _reader_of(file: str) -> Any:
 def _read_file(file: str, reader: Any) -> Iterator[_Read]:
     try:
         yield from reader(file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data source {file!r}: cannot be read: {error}") from error
 
 
@@ -138,7 +236,7 @@ def _parse_json(raw: bytes, place: str) -> _Read:
         return _Read(place, json.loads(raw.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return _Read(place, None, f"not UTF-8 text (byte {error.start})")
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         return _Read(place, None, f"not valid JSON: {error}")
     except RecursionError:
         return _Read(place, None, "not valid JSON: nested too deeply")
@@ -161,6 +259,7 @@ def _read_csv(file: str) -> Iterator[_Read]:
             for i, line in enumerate(lines):
                 yield line.decode("utf-8-sig" if i == 0 else "utf-8", errors="surrogateescape")
 
+    csv.field_size_limit(_CSV_CELL)
     reader = csv.reader(text(), strict=True)
     header = next(reader, [])
     while True:
@@ -182,6 +281,15 @@ def _read_csv(file: str) -> Iterator[_Read]:
             yield _Read(f"{file}:{line}", dict(zip(header, cells, strict=True)))
 
 
+def _read_text(file: str) -> Iterator[_Read]:
+    with _open(file) as stream:
+        raw = stream.read()
+    try:
+        yield _Read(file, {"text": raw.decode("utf-8").removeprefix("\ufeff")})
+    except UnicodeDecodeError as error:
+        yield _Read(file, None, f"not UTF-8 text (byte {error.start})")
+
+
 def _read_parquet(file: str) -> Iterator[_Read]:
     import pyarrow  # slow to import, needed for parquet only
     import pyarrow.parquet
@@ -189,7 +297,7 @@ def _read_parquet(file: str) -> Iterator[_Read]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             number = 0
-            for batch in table.iter_batches():
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield _Read(f"{file}: row {number}", row)
@@ -204,6 +312,8 @@ _READERS = {
     ".json.gz": _read_json,
     ".csv": _read_csv,
     ".csv.gz": _read_csv,
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
     ".parquet": _read_parquet,
 }
 
@@ -257,8 +367,19 @@ def _check(row: Any, columns: dict[str, str], required: Sequence[str]) -> tuple[
             )
         if renamed[name] is None:
             return None, f"column {name!r} is empty"
-    problem = _prompt_problem(renamed["prompt"]) if "prompt" in required else None
-    return (None, problem) if problem else (renamed, None)
+    for name, problem_of in _FORMS.items():
+        problem = problem_of(renamed[name]) if name in required else None
+        if problem:
+            return None, problem
+    return renamed, None
+
+
+def _text_problem(text: Any) -> str | None:
+    if not isinstance(text, str):
+        return f"column 'text' must be text, is {_kind(text)}"
+    if not text.strip():
+        return "column 'text' is empty"
+    return "column 'text' has characters that are not valid Unicode" if _is_broken_text(text) else None
 
 
 def _prompt_problem(prompt: Any) -> str | None:
@@ -273,8 +394,8 @@ def _prompt_problem(prompt: Any) -> str | None:
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             return f"column 'prompt': message {i} must be an object with role and content"
-        if message["role"] not in _ROLES:
-            return f"column 'prompt': message {i} has role {message['role']!r}; use one of {', '.join(_ROLES)}"
+        if message["role"] not in ROLES:
+            return f"column 'prompt': message {i} has role {message['role']!r}; use one of {', '.join(ROLES)}"
         if not isinstance(message["content"], str):
             return f"column 'prompt': message {i} must have text as content, has {_kind(message['content'])}"
         if _is_broken_text(message["content"]):
@@ -282,6 +403,10 @@ def _prompt_problem(prompt: Any) -> str | None:
     if prompt[-1]["role"] == "assistant":
         return "column 'prompt': the last message is the assistant's; end with the one to be answered"
     return None
+
+
+_FORMS = {"prompt": _prompt_problem, "text": _text_problem}
+"""Columns whose form is checked when they are required."""
 
 
 def _is_broken_text(text: str) -> bool:

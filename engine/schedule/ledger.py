@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 
 class SampleLedger:
@@ -58,6 +59,17 @@ class SampleLedger:
             f"ledger: admitted {self.admitted}, trained {self.trained}, dropped {dict(self.dropped)}, "
             f"in flight {len(self._in_flight)}"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The account between two steps, when nothing is in flight: plain JSON, for a checkpoint."""
+        assert not self._in_flight, f"samples in flight: {sorted(self._in_flight)[:9]}"
+        return {"next_id": self._next_id, "trained": self.trained, "dropped": dict(self.dropped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self._next_id, self.trained = state["next_id"], state["trained"]
+        self.dropped = Counter(state["dropped"])
+        self.check()
 
     def _settle(self, sample_ids: Iterable[int]) -> int:
         ids = [int(i) for i in sample_ids]

@@ -1,24 +1,28 @@
-"""Measurement on held-out rows: mean reward, pass@1 and pass@k, each with its standard error across prompts."""
+"""Measurement on held-out rows: rewards of answers (mean, pass@1, pass@k) and perplexity, with standard errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from engine.algorithms.evaluation import mean_and_standard_error, pass_at_k
 from engine.config import Config
+from engine.data.batch import Batch
+from engine.data.examples import Example, to_batch
 from engine.data.prompts import Prompt
-from engine.roles import SamplingSettings, Workers
+from engine.roles import Policy, Sampling, SamplingSettings
 from engine.stages.experience import collect_groups, no_reward_error, sample_seeds
 from engine.tracking.tracker import Tracker
 
+EXAMPLES_PER_PASS = 256
+"""Held-out rows are measured this many at a time."""
 SEED_STREAM = 2**31
 """Keeps evaluation seeds apart from those of training steps; every evaluation uses the same ones."""
 
 
-def evaluate(
-    config: Config, workers: Workers, tracker: Tracker, prompts: Sequence[Prompt], step: int
+def evaluate_answers(
+    config: Config, sampling: Sampling, tracker: Tracker, prompts: Sequence[Prompt]
 ) -> dict[str, float]:
     """Answer held-out prompts with the current weights and score the answers.
 
@@ -33,7 +37,7 @@ def evaluate(
         config.evaluation.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
     )
     groups = collect_groups(
-        workers,
+        sampling,
         tracker,
         prompts,
         [range(i * k, (i + 1) * k) for i in range(len(prompts))],
@@ -59,5 +63,30 @@ def evaluate(
         if enough.any():
             mean, error = pass_at_k(counts[enough], passed[enough], size)
             metrics |= {f"eval/pass@{size}": mean, f"eval/pass@{size}_se": error}
-    tracker.event("evaluated", step=step, **metrics)
     return metrics
+
+
+def evaluate_text(policy: Policy, examples: Sequence[Example], *, prefix: str) -> dict[str, float]:
+    """Perplexity, mean negative log-likelihood (with its standard error across examples) and accuracy per token."""
+    nll, hits, tokens = [], [], []
+    for batch in passes(examples):
+        logp_T, hits_T = policy.predictions(batch)
+        nll.append(-batch.sum_per_sample(logp_T))
+        hits.append(batch.sum_per_sample(hits_T))
+        tokens.append(batch.response_lens)
+    nll_B, tokens_B = np.concatenate(nll), np.concatenate(tokens)
+    mean = nll_B.sum() / tokens_B.sum()
+    residual_B = nll_B - mean * tokens_B  # of a ratio of sums
+    error = float(np.sqrt((residual_B**2).sum() * len(nll_B) / max(1, len(nll_B) - 1)) / tokens_B.sum())
+    return {
+        f"{prefix}perplexity": float(np.exp(mean)),
+        f"{prefix}nll": float(mean),
+        f"{prefix}nll_se": error,
+        f"{prefix}token_accuracy": float(np.concatenate(hits).sum() / tokens_B.sum()),
+    }
+
+
+def passes(examples: Sequence[Example]) -> Iterator[Batch]:
+    """Examples as batches of moderate size, in order."""
+    for start in range(0, len(examples), EXAMPLES_PER_PASS):
+        yield to_batch([examples[i] for i in range(start, min(start + EXAMPLES_PER_PASS, len(examples)))])

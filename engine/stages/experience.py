@@ -16,7 +16,7 @@ from engine.config import UserError
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
 from engine.rewards.contract import RewardError, Row, Sample, Scores
-from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
+from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings
 from engine.tracking.tracker import Tracker
 
 
@@ -40,7 +40,7 @@ def sample_seeds(*key: int, count: int) -> tuple[int, ...]:
 
 
 def collect_groups(
-    workers: Workers,
+    sampling: Sampling,
     tracker: Tracker,
     prompts: Sequence[Prompt],
     sample_ids: Sequence[Sequence[int]],
@@ -58,10 +58,10 @@ def collect_groups(
     generations: dict[int, list[Generation]] = {}
     scores: dict[int, Scores] = {}
     try:
-        for key, generated in workers.rollouts.generate(requests, settings):
+        for key, generated in sampling.rollouts.generate(requests, settings):
             generations[key] = generated
-            workers.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
-        for key, scored in workers.rewards.collect():
+            sampling.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
+        for key, scored in sampling.rewards.collect():
             scores[key] = scored
             _record(tracker, scored.incidents)
     except RewardError as error:

@@ -8,11 +8,9 @@ Strictly on-policy: every token of a step was sampled from the weights that the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,39 +19,16 @@ from engine.algorithms.advantages import group_relative
 from engine.config import Config
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
-from engine.data.sampler import PromptSampler
+from engine.data.sampler import RowSampler
 from engine.roles import SamplingSettings, Workers
 from engine.schedule.ledger import SampleLedger
-from engine.stages.evaluation import evaluate
+from engine.stages.evaluation import evaluate_answers
 from engine.stages.experience import Group, collect_groups, sample_seeds, to_batch
-from engine.tracking.console import Progress
+from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
 
 FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """How far apart two actors' log-probs of the same tokens may be on average before anything was learned."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run ends with."""
-
-    model: Path
-    """Final model, in Hugging Face format."""
-    before: dict[str, float]
-    """`eval/...` metrics before the first step; empty without held-out rows."""
-    after: dict[str, float]
-    """The same after the last."""
-
-    def summary(self) -> str:
-        """Held-out results before and after, for a person."""
-        lines = [f"model saved in {self.model}"]
-        for name in [n for n in self.after if f"{n}_se" in self.after and n in self.before]:
-            ends = " -> ".join(f"{end[name]:.3f} ± {end[f'{name}_se']:.3f}" for end in (self.before, self.after))
-            error = (self.before[f"{name}_se"] ** 2 + self.after[f"{name}_se"] ** 2) ** 0.5
-            gain = self.after[name] - self.before[name]
-            size = f" ({gain / error:+.1f} standard errors)" if error > 0 else ""
-            lines.append(f"held-out {name.removeprefix('eval/')}: {ends}{size}")
-        return "\n".join(lines)
 
 
 class RLStage:
@@ -67,40 +42,57 @@ class RLStage:
         train_prompts: Sequence[Prompt],
         held_out_prompts: Sequence[Prompt],
     ) -> None:
+        assert workers.policy is not None, "the cluster starts what roles_of names"
+        assert workers.sampling is not None
         self.config = config
-        self.workers = workers
+        self.trained = self.policy = workers.policy
+        self.reference = workers.reference
+        self.sampling = workers.sampling
         self.tracker = tracker
+        self.name = config.algorithm.name
+        self.total_steps = config.rl.steps
         self.train_prompts = train_prompts
         self.held_out_prompts = held_out_prompts
-        self.sampler = PromptSampler(len(train_prompts), seed=config.seed)
+        self.sampler = RowSampler(len(train_prompts), seed=config.seed)
         self.ledger = SampleLedger()
         self.settings = SamplingSettings(
             config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
         )
-        self._seconds: dict[str, float] = {}
+        self.watch = Stopwatch()
 
-    def run(self) -> Result:
-        """Train to the last step and save the model."""
-        steps = self.config.rl.steps
-        self.workers.rollouts.publish(0)
-        before = self._evaluate(0)
-        with Progress(self.config.algorithm.name, steps) as progress:
-            for step in range(1, steps + 1):
-                self._seconds = {}
-                with self._timed("step"):
-                    groups = self._rollout(step)
-                    batch = self._experience(groups)
-                    batch = self._annotate(batch)
-                    batch = self._advantages(batch)
-                    metrics = self._update(batch, step)
-                    metrics |= self.workers.rollouts.publish(step)
-                metrics |= self._measures(groups, batch)
-                progress.step(step, metrics)
-                self._record(step, metrics, groups)
-                if step < steps and self._is_evaluation_step(step):
-                    self._evaluate(step)
-        model = self._save()
-        return Result(model, before, after=self._evaluate(steps))
+    def begin(self, step: int) -> None:
+        """Bring the engines to the policy's weights."""
+        self.sampling.rollouts.publish(step)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Generate, score, compare within groups, update, publish."""
+        groups = self._rollout(step)
+        batch = self._experience(groups)
+        batch = self._annotate(batch)
+        batch = self._advantages(batch)
+        metrics = self._update(batch, step)
+        metrics |= self.sampling.rollouts.publish(step)
+        self._record(step, groups)
+        return metrics | self._measures(groups, batch) | self.watch.lap()
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Rewards of answers to held-out prompts."""
+        if not self.held_out_prompts:
+            return {}
+        return evaluate_answers(self.config, self.sampling, self.tracker, self.held_out_prompts)
+
+    def save(self, folder: Path) -> None:
+        """Write the policy."""
+        self.policy.save(folder)
+
+    def state(self) -> dict[str, Any]:
+        """Order of prompts, account of samples."""
+        return {"sampler": self.sampler.state_dict(), "ledger": self.ledger.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.ledger.load_state_dict(state["ledger"])
 
     def _rollout(self, step: int) -> list[Group]:
         """A step's groups, generated and scored."""
@@ -108,8 +100,8 @@ class RLStage:
         prompts = [self.train_prompts[i] for i in self.sampler.next(rl.prompts_per_step)]
         ids = [self.ledger.admit(rl.samples_per_prompt) for _ in prompts]
         seeds = [sample_seeds(self.config.seed, step, i, count=rl.samples_per_prompt) for i in range(len(prompts))]
-        with self._timed("rollout"):
-            return collect_groups(self.workers, self.tracker, prompts, ids, seeds, self.settings)
+        with self.watch.timed("rollout"):
+            return collect_groups(self.sampling, self.tracker, prompts, ids, seeds, self.settings)
 
     def _experience(self, groups: list[Group]) -> Batch:
         """The samples that can be trained on; the others leave the ledger with their reason."""
@@ -120,12 +112,13 @@ class RLStage:
 
     def _annotate(self, batch: Batch) -> Batch:
         """Log-probs of other weights, only where the loss needs them."""
-        if self.workers.reference is not None:
-            with self._timed("reference"):
-                batch = batch.annotate(ref_logp=self.workers.reference.logprobs(batch))
+        if self.config.algorithm.kl_coef > 0:
+            with self.watch.timed("reference"):
+                reference = self.reference.logprobs if self.reference else self.policy.base_logprobs
+                batch = batch.annotate(ref_logp=reference(batch))
         if self.config.updates_per_step > 1:
-            with self._timed("old_logp"):
-                batch = batch.annotate(old_logp=self.workers.policy.logprobs(batch))
+            with self.watch.timed("old_logp"):
+                batch = batch.annotate(old_logp=self.policy.logprobs(batch))
         return batch
 
     def _advantages(self, batch: Batch) -> Batch:
@@ -139,8 +132,8 @@ class RLStage:
 
     def _update(self, batch: Batch, step: int) -> dict[str, float]:
         """Optimizer updates of one step; the samples are then settled in the ledger."""
-        with self._timed("update"):
-            metrics = self.workers.policy.update(list(self._minibatches(batch, step)))
+        with self.watch.timed("update"):
+            metrics = self.policy.update(list(self._minibatches(batch, step)))
         if step == 1:
             self._check_first_step(metrics)
         self.ledger.train(batch.sample_ids)
@@ -176,7 +169,7 @@ class RLStage:
                 raise RuntimeError(f"{name} is {value:.2e} at the first step, not 0 within {tolerance:g}")
 
     def _measures(self, groups: list[Group], batch: Batch) -> dict[str, float]:
-        """Rewards, lengths and times of a step."""
+        """Rewards and lengths of a step."""
         lengths = batch.response_lens
         generations = [g for group in groups for g in group.generations]
         spread = [np.ptp(batch.totals[batch.group_ids == g]) for g in np.unique(batch.group_ids)]
@@ -188,18 +181,16 @@ class RLStage:
             "rollout/truncated_fraction": float(np.mean([g.finish_reason == "length" for g in generations])),
             "rollout/tokens": float(len(batch.tokens)),
             "rollout/epoch": float(self.sampler.epoch),
-            "time/tokens_per_second": len(batch.tokens) / self._seconds["step"],
         }
         metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         for name, values in batch.rewards.items():
             if not np.isnan(values).all():
                 metrics |= {f"reward/{name}/mean": float(np.nanmean(values))}
                 metrics |= {f"reward/{name}/std": float(np.nanstd(values))}
-        return metrics | {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        return metrics
 
-    def _record(self, step: int, metrics: dict[str, float], groups: list[Group]) -> None:
-        """Write a step's metrics and some of its samples."""
-        self.tracker.log(step, metrics)
+    def _record(self, step: int, groups: list[Group]) -> None:
+        """Write some of a step's samples."""
         rows = [
             {
                 "prompt": group.prompt.prompt,
@@ -213,31 +204,3 @@ class RLStage:
             for i, generation in enumerate(group.generations)
         ]
         self.tracker.samples(step, rows[: self.config.tracking.samples_per_step])
-
-    def _is_evaluation_step(self, step: int) -> bool:
-        every = self.config.evaluation.every
-        return every > 0 and step % every == 0
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        if not self.held_out_prompts:
-            return {}
-        metrics = evaluate(self.config, self.workers, self.tracker, self.held_out_prompts, step)
-        self.tracker.log(step, metrics)
-        shown = [
-            f"{name} {metrics[f'eval/{name}']:.3f} ± {metrics[f'eval/{name}_se']:.3f}"
-            for name in ("reward", "pass@1", f"pass@{self.config.evaluation.samples_per_prompt}")
-            if f"eval/{name}" in metrics
-        ]
-        self.tracker.note(f"held-out, step {step}: {', '.join(dict.fromkeys(shown))}")
-        return metrics
-
-    def _save(self) -> Path:
-        folder = self.config.run_dir.absolute() / "model"
-        self.workers.policy.save(folder)
-        return folder
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._seconds[name] = time.monotonic() - start

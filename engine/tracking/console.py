@@ -21,13 +21,22 @@ from rich.text import Text
 STEPS_IN_ETA = 20
 """The ETA takes the mean of this many last steps, so that it follows responses that grow longer."""
 
+SHOWN = {
+    "reward/mean": "reward {:.4f}",
+    "train/loss": "loss {:.4f}",
+    "train/accuracy": "accuracy {:.3f}",
+    "policy/kl": "KL {:.3g}",
+    "time/tokens_per_second": "{:.0f} tok/s",
+}
+"""Metrics in the line of a step, where a stage measures them."""
+
 
 class Progress:
     """The progress of one stage: `with Progress("grpo", total=100) as progress: progress.step(1, metrics)`."""
 
-    def __init__(self, stage: str, total: int, *, file: TextIO | None = None) -> None:
-        """`total` is the number of steps; `file` is where it is shown, by default standard output."""
-        self._stage, self._total = stage, total
+    def __init__(self, stage: str, total: int, start: int = 0, *, file: TextIO | None = None) -> None:
+        """`total` is the number of steps, of which `start` were done before; `file` is by default standard output."""
+        self._stage, self._total, self._start = stage, total, start
         self._file = file
         self._seconds: deque[float] = deque(maxlen=STEPS_IN_ETA)
         self._bar: RichProgress | None = None
@@ -38,7 +47,8 @@ class Progress:
             console = Console(file=out, force_terminal=True, highlight=False)
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
             self._bar = RichProgress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task(self._stage, total=self._total, state=f"0/{self._total}")
+            state = f"{self._start}/{self._total}"
+            self._task = self._bar.add_task(self._stage, total=self._total, completed=self._start, state=state)
             self._bar.start()
         return self
 
@@ -50,20 +60,16 @@ class Progress:
             self._bar = None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that step number `step` (1 to total) is done.
+        """Show that step number `step` (`start` + 1 to `total`) is done, with the metrics that `SHOWN` names.
 
-        Shown are, where present, `reward/mean`, `policy/kl`, `time/tokens_per_second`, `time/step` (seconds; the ETA
-        follows from it).
+        The ETA follows from `time/step` (seconds).
         """
         if "time/step" in metrics:
             self._seconds.append(float(metrics["time/step"]))
         line = f"{self._stage}  step {step:>{len(str(self._total))}}/{self._total}"
-        if "reward/mean" in metrics:
-            line += f"  reward {float(metrics['reward/mean']):.4f}"
-        if "policy/kl" in metrics:
-            line += f"  KL {float(metrics['policy/kl']):.3g}"
-        if "time/tokens_per_second" in metrics:
-            line += f"  {float(metrics['time/tokens_per_second']):.0f} tok/s"
+        for name, shape in SHOWN.items():
+            if name in metrics:
+                line += "  " + shape.format(float(metrics[name]))
         if self._seconds:
             line += f"  {self._seconds[-1]:.1f} s/step  ETA {self._eta(step)}"
         self._print(line)

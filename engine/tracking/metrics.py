@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.tracking.jsonl import JsonLines
+from engine.tracking.jsonl import JsonLines, keep_rows
 
 
 class MetricsLog:
@@ -21,3 +21,8 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
+
+
+def drop_later_metrics(path: Path, step: int) -> int:
+    """Drop the rows of steps after this one, and lines that a kill has torn; returns how many lines went."""
+    return keep_rows(path, lambda row: isinstance(row.get("step"), int) and row["step"] <= step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,49 +10,61 @@ from typing import Any
 import yaml
 
 from engine.config import Config, UserError
-from engine.tracking.events import EventLog
-from engine.tracking.jsonl import JsonLines
-from engine.tracking.metrics import MetricsLog
+from engine.tracking.events import EventLog, last_wandb_id
+from engine.tracking.jsonl import JsonLines, replace_file
+from engine.tracking.metrics import MetricsLog, drop_later_metrics
 from engine.tracking.redact import redact
+from engine.tracking.run_folder import EVENTS, METRICS, SAMPLES, drop_later_samples, make_empty, remove_records
 from engine.tracking.wandb_run import WandbRun, check_login
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "interrupted": 130}
 """How a run can end, and the exit code that says so."""
-RECORDS = {"config.yaml", "metrics.jsonl", "events.jsonl", "wandb"}
-"""What a run's folder holds before its first measurement."""
 
 
 class Tracker:
     """Everything that a run writes down, under `config.run_dir`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, resume_step: int | None = None) -> None:
         """Make the run's folder and open its records; on any failure nothing is left behind.
 
-        The records of a run of this name that ended before its first measurement (a reward function that always
-        failed, a cluster that was too small) are replaced; any other run's are never touched.
+        With `resume_step`, go on in the folder of a run that has ended or was killed: metrics and samples of later
+        steps are dropped, those up to that step (an evaluation at it included) and all events stay, and wandb goes on
+        with its run. `resume_step=-1` starts the training over: the evaluation at step 0 is dropped too. If that
+        fails, the metrics are as they were.
+
+        Without it, the records of a run of this name that ended before its first measurement (a reward function that
+        always failed, a cluster that was too small) are replaced; any other run's are never touched. What the
+        preflight has put into the folder (`start/`, `corpus/`) stays.
 
         Raises:
-            UserError: the folder holds something already or cannot be made, or wandb cannot start.
+            UserError: the folder holds something already, is in use by a running process, cannot be made or written,
+                or wandb cannot start.
+            OSError: the disk is full.
         """
         self.run_dir = config.run_dir
         check_login(config)
-        made = _make_empty(self.run_dir)
-        opened: list[Any] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            made = make_empty(self.run_dir) if resume_step is None else []
+            self._events = _open_events(self.run_dir)
+            if resume_step is None:
+                undo.callback(remove_records, self.run_dir, made)
+            undo.callback(self._events.close)
+            wandb_id = last_wandb_id(self.run_dir / EVENTS)
+            self.wandb = WandbRun(config, self.run_dir, resume_id=wandb_id)
+            undo.callback(self.wandb.close, EXIT_CODES["failed"])
+            if resume_step is not None:
+                drop_later_metrics(self.run_dir / METRICS, resume_step)
+                drop_later_samples(self.run_dir / SAMPLES, resume_step)
             snapshot = yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
-            (self.run_dir / "config.yaml").write_text(snapshot, encoding="utf-8")
-            self._metrics = MetricsLog(self.run_dir / "metrics.jsonl")
-            opened.append(self._metrics)
-            self._events = EventLog(self.run_dir / "events.jsonl")
-            opened.append(self._events)
-            self.wandb = WandbRun(config, self.run_dir)
-        except BaseException:
-            for log in opened:
-                log.close()
-            _remove(self.run_dir, made)
-            raise
+            replace_file(self.run_dir / "config.yaml", snapshot.encode())
+            self._metrics = MetricsLog(self.run_dir / METRICS)
+            undo.pop_all()
         self._closed = False
-        self.event("run_started", name=config.name, seed=config.seed, device=config.device, wandb_id=self.wandb.id)
+        about = {"name": config.name, "seed": config.seed, "device": config.device, "wandb_id": self.wandb.id}
+        if resume_step is None:
+            self.event("run_started", **about)
+        else:
+            self.event("run_resumed", step=resume_step, **about)
         if self.wandb.url:
             self.note(f"wandb: {self.wandb.url}")
 
@@ -69,7 +81,7 @@ class Tracker:
         """Write samples of a step to `samples/step_000012.jsonl`; no rows, no file; further rows are appended."""
         if not rows:
             return
-        folder = self.run_dir / "samples"
+        folder = self.run_dir / SAMPLES
         folder.mkdir(exist_ok=True)
         lines = JsonLines(folder / f"step_{step:06d}.jsonl")
         try:
@@ -99,60 +111,13 @@ class Tracker:
         self.wandb.close(EXIT_CODES[status])
 
 
-def _make_empty(folder: Path) -> list[Path]:
-    """Make a folder, or accept an empty one; returns the folders made, innermost first.
-
-    Raises:
-        UserError: it is not empty, is a file, or cannot be made or written.
-    """
-    if _ended_unmeasured(folder):
-        _remove(folder, [])
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder} already holds a run; choose another name= or delete it")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def _open_events(run_dir: Path) -> EventLog:
+    """The run's events, which no other process can have open."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
+        return EventLog(run_dir / EVENTS)
+    except BlockingIOError:
+        raise UserError(f"{run_dir} is the folder of a run that is still going; wait for it, or stop it") from None
     except OSError as error:
-        _rmdir(made)
         raise UserError(
-            f"{folder}: cannot make the run's folder: {error.strerror}; choose another output_dir= or name="
+            f"{run_dir / EVENTS}: cannot be opened: {error.strerror}; the run's folder must be there and writable"
         ) from None
-    if not empty:
-        raise UserError(f"{folder} is not empty; choose another name= or delete it")
-    return made
-
-
-def _ended_unmeasured(folder: Path) -> bool:
-    """Whether the folder holds nothing but a run that is over and wrote no metrics: nobody can miss it.
-
-    A run that is still starting has no metrics either, so its last event decides.
-    """
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} - RECORDS:
-        return False
-    metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
-    if not metrics.is_file() or metrics.stat().st_size or not events.is_file():
-        return False
-    last = events.read_text(encoding="utf-8").splitlines()[-1:]
-    return bool(last) and '"kind": "run_ended"' in last[0]
-
-
-def _remove(folder: Path, made: list[Path]) -> None:
-    """Undo `_make_empty` and whatever was written since."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-    _rmdir(made)
-
-
-def _rmdir(folders: list[Path]) -> None:
-    """Remove these folders, innermost first, up to the first that somebody else has begun to use."""
-    for path in folders:
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return

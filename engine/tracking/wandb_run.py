@@ -38,8 +38,10 @@ def check_login(config: Config) -> None:
 class WandbRun:
     """One wandb run in the mode that `config.tracking` names; every method does nothing when that is disabled."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        """Start the run; its files go to `run_dir/wandb`. Call `check_login` first.
+    def __init__(self, config: Config, run_dir: Path, *, resume_id: str | None = None) -> None:
+        """Start the run, or go on with that of an id; its files go to `run_dir/wandb`. Call `check_login` first.
+
+        wandb ignores steps below the last one it has, so those that a run repeats after a kill are there once.
 
         Raises:
             UserError: the server refuses the run (project or entity unknown, no connection).
@@ -66,6 +68,8 @@ class WandbRun:
             self._run = wandb.init(
                 mode=config.tracking.wandb,
                 dir=str(run_dir),
+                id=resume_id,
+                resume="allow" if resume_id else None,
                 name=redact(config.name),
                 project=tracking["project"],
                 entity=tracking["entity"],

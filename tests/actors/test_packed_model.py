@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from actors.packed_model import PackedLogProbs, PackedRow, load_language_model, ragged_sdpa
+from actors.packed_model import PackedLogProbs, PackedModel, PackedRow, load_language_model, ragged_sdpa
 from engine.config import Config, UserError
 from tests.cluster.conftest import random_batch
 
@@ -45,7 +45,9 @@ def one_by_one(model, batch, temperature: float) -> torch.Tensor:
 
 
 def packed(path, batch, temperature: float) -> torch.Tensor:
-    module = PackedLogProbs(load_language_model(configure(path, temperature)), temperature=temperature).train()
+    module = PackedLogProbs(
+        PackedModel(load_language_model(configure(path, temperature))), temperature=temperature
+    ).train()
     with torch.no_grad():
         return module(PackedRow.of(batch, torch.device("cpu")))[0]
 

@@ -1,4 +1,4 @@
-"""pass@k and standard errors against enumeration and plain formulas."""
+"""pass@k, standard errors and calibration against enumeration and plain formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.evaluation import mean_and_standard_error, pass_at_k
+from engine.algorithms.evaluation import calibration_error, mean_and_standard_error, pass_at_k
 
 
 @given(n=st.integers(1, 7), data=st.data())
@@ -74,3 +74,51 @@ def test_the_error_of_one_value_is_unknown_and_of_none_refused():
     assert math.isnan(error)
     with pytest.raises(ValueError, match="nothing to average"):
         mean_and_standard_error(np.zeros(0))
+
+
+@given(rows=st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30), bins=st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_calibration_error_agrees_with_a_loop_over_bins(rows, bins):
+    edges = np.linspace(0, 1, bins + 1)
+    expected = 0.0
+    for index in range(bins):
+        inside = [row for row in rows if edges[index] < row[0] <= edges[index + 1] or (index == 0 and row[0] == 0)]
+        if inside:
+            confidence, share = (statistics.fmean(column) for column in zip(*inside, strict=True))
+            expected += len(inside) / len(rows) * abs(share - confidence)
+    got = calibration_error([p for p, _ in rows], [came_true for _, came_true in rows], bins=bins)
+    assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_of_the_certain_the_calibrated_and_the_wrong():
+    assert calibration_error([1.0, 0.0, 1.0], [True, False, True]) == 0.0
+    assert calibration_error([0.75] * 4, [1, 1, 0, 1]) == 0.0
+    assert calibration_error([1.0, 0.0], [False, True]) == 1.0
+    assert calibration_error([0.95, 0.95, 0.65, 0.65], [True, True, True, False]) == pytest.approx(0.1)
+
+
+def test_bins_keep_errors_apart_that_would_cancel_in_one():
+    chances, outcomes = [0.2, 0.8], [True, False]
+    assert calibration_error(chances, outcomes, bins=1) == pytest.approx(0.0)
+    assert calibration_error(chances, outcomes, bins=2) == pytest.approx(0.8)
+
+
+def test_a_prediction_on_an_edge_belongs_to_the_bin_below():
+    for edge in (0.1, 0.3, 0.6, 0.7):
+        assert calibration_error([edge, edge - 0.05], [1, 0]) == pytest.approx(abs(1 - 2 * edge + 0.05) / 2)
+
+
+@pytest.mark.parametrize(
+    ("chances", "outcomes", "bins", "message"),
+    [
+        ([], [], 10, "one outcome per prediction"),
+        ([0.5], [True, False], 10, "one outcome per prediction"),
+        ([1.1], [True], 10, "must be in"),
+        ([math.nan], [True], 10, "must be in"),
+        ([0.5], [-1], 10, "must be in"),
+        ([0.5], [True], 0, "bins"),
+    ],
+)
+def test_impossible_predictions_are_refused(chances, outcomes, bins, message):
+    with pytest.raises(ValueError, match=message):
+        calibration_error(chances, outcomes, bins=bins)

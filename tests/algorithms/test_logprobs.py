@@ -1,4 +1,4 @@
-"""Chunked log-probs against log_softmax: values, gradients, memory, and one gradient per parameter."""
+"""Chunked log-probs and greedy hits against the whole matrix: values, gradients, memory, one gradient per parameter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.algorithms.logprobs import token_logprobs
+from engine.algorithms.logprobs import greedy_hits, token_logprobs
 
 V, H = 11, 4
 
@@ -167,3 +167,40 @@ def test_what_cannot_be_computed_is_refused():
         token_logprobs(hidden_T, weight, targets_T[:2])
     with pytest.raises(ValueError, match="weight"):
         token_logprobs(hidden_T, weight.T, targets_T)
+
+
+@given(tokens=st.integers(0, 9), chunk=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_greedy_hits_are_the_targets_of_the_largest_logit(tokens, chunk, seed):
+    hidden_T, weight, targets_T = inputs(tokens, seed=seed)
+    best_T = (hidden_T @ weight.T).argmax(1)
+    targets_T[::2] = best_T[::2]
+    hits_T = greedy_hits(hidden_T, weight, targets_T, chunk_tokens=chunk)
+    assert hits_T.dtype == torch.bool
+    assert not hits_T.requires_grad
+    assert torch.equal(hits_T, targets_T == best_T)
+
+
+def test_greedy_hits_see_no_more_than_one_chunk_and_the_first_of_equal_logits():
+    tokens, vocabulary, chunk = 64, 50, 4
+    with LargestTensor() as largest:
+        hits_T = greedy_hits(torch.ones(tokens, 3), torch.ones(vocabulary, 3), torch.arange(tokens), chunk_tokens=chunk)
+    assert largest.elements == chunk * vocabulary
+    assert hits_T.tolist() == [True] + [False] * (tokens - 1)
+
+
+def test_greedy_hits_of_bfloat16_inputs_are_decided_in_float32_also_under_autocast():
+    weight = torch.tensor([[1.0, 0.0], [1.0, 0.001]], dtype=torch.bfloat16)
+    hidden_T = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)  # logits 1 and 1.001: equal in bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert greedy_hits(hidden_T, weight, torch.tensor([1])).tolist() == [True]
+
+
+def test_greedy_hits_refuse_what_does_not_fit():
+    hidden_T, weight, targets_T = inputs(3)
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        greedy_hits(hidden_T, weight, targets_T, chunk_tokens=0)
+    with pytest.raises(ValueError, match="one target per token"):
+        greedy_hits(hidden_T, weight, targets_T[:2])
+    with pytest.raises(ValueError, match="weight"):
+        greedy_hits(hidden_T, weight.T, targets_T)

@@ -56,8 +56,8 @@ def models(ray_session: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "policy": {"tokens_per_microbatch": 256},
         "rollout": {"max_new_tokens": 8, "max_model_len": 64, "kv_cache_gib": 0.03},
     }
-    with cluster.started_workers(Config.model_validate(raw)) as workers:
-        workers.rollouts.publish(0)
+    with cluster.started_workers(Config.model_validate(raw), updates=1) as workers:
+        workers.sampling.rollouts.publish(0)
         yield workers
 
 
@@ -66,20 +66,18 @@ def shared_models(models: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start a reward actor of their own and take the models that are up, whose weights are version 0 already."""
 
     @contextlib.contextmanager
-    def started_workers(config: Config) -> Iterator[Workers]:
+    def started_workers(config: Config, **sizes: int) -> Iterator[Workers]:
         placement = placement_group([ONE_CPU])
         slots = Slots(placement, 0, 1, ONE_CPU)
         pool = WorkerGroup("rewards", RewardPool, slots, arguments=[(config.rewards,)], env={}, concurrency=256)
         try:
             pool.call("start", timeout_s=120)
-            yield replace(models, rewards=RewardGroup(config, pool))
+            yield replace(models, sampling=replace(models.sampling, rewards=RewardGroup(config, pool)))
             pool.call("close", timeout_s=30)
         finally:
             pool.kill()
             remove_placement_group(placement)
 
-    publish: Callable[[int], dict[str, float]] = models.rollouts.publish
-    monkeypatch.setattr(models.rollouts, "publish", lambda version: {} if version == 0 else publish(version))
     monkeypatch.setattr(cluster, "started_workers", started_workers)
 
 

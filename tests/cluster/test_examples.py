@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import pipeline
-from engine.config import load_config
+from engine.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 

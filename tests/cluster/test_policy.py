@@ -40,7 +40,7 @@ class Session:
         self.placement = placement_group([{"CPU": 1}] * ranks)
         assert self.placement.wait(60)
         slots = Slots(self.placement, 0, ranks, {"CPU": 1})
-        arguments = [(config, info) for info in rendezvous(slots, 60)]
+        arguments = [(config, info, STEPS) for info in rendezvous(slots, 60)]
         env = trainer_environment("cpu", 1)
         self.workers = WorkerGroup("policy", PolicyActor, slots, arguments=arguments, env=env)
         start_all([self.workers], 300)

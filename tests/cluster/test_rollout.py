@@ -43,17 +43,18 @@ def configure(model, tmp_path, engines: int) -> Config:
 
 @pytest.fixture(scope="module")
 def workers(tiny_model, tmp_path_factory, ray_session):
-    with started_workers(configure(tiny_model, tmp_path_factory.mktemp("rollout"), engines=2)) as workers:
-        workers.rollouts.version = 0
+    with started_workers(configure(tiny_model, tmp_path_factory.mktemp("rollout"), engines=2), updates=9) as workers:
+        workers.sampling.rollouts.version = 0
         with pytest.raises(ActorError, match=r"holds weights version None, not 0"):
-            list(workers.rollouts.generate([GenerationRequest(0, (7, 8), (1,))], SETTINGS))
-        workers.rollouts.publish(0)
+            list(workers.sampling.rollouts.generate([GenerationRequest(0, (7, 8), (1,))], SETTINGS))
+        workers.sampling.rollouts.version = None
+        workers.sampling.rollouts.publish(0)
         yield workers
 
 
 def generate(workers: Workers, seeds=(1, 2, 3)) -> Batch:
     requests = [GenerationRequest(key, prompt, seeds) for key, prompt in enumerate(PROMPTS)]
-    by_key = dict(workers.rollouts.generate(requests, SETTINGS))
+    by_key = dict(workers.sampling.rollouts.generate(requests, SETTINGS))
     assert sorted(by_key) == list(range(len(PROMPTS)))
     samples = [(prompt, g) for key, prompt in enumerate(PROMPTS) for g in by_key[key]]
     return Batch(
@@ -82,7 +83,7 @@ def test_the_same_seeds_give_the_same_responses_on_either_engine(workers):
 
 
 def test_prompts_are_shared_between_the_engines(workers, monkeypatch):
-    rollouts: RolloutGroup = workers.rollouts
+    rollouts: RolloutGroup = workers.sampling.rollouts
     ranks = []
     submit = rollouts.workers.submit
     monkeypatch.setattr(
@@ -96,8 +97,8 @@ def test_an_update_arrives_in_every_engine_and_old_weights_would_be_noticed(work
     old = generate(workers)
     workers.policy.update([random_batch(13)])
     assert mismatch(workers, old) > 1e-2, "the update is large enough to be seen"
-    version = workers.rollouts.version + 1
-    metrics = workers.rollouts.publish(version)
+    version = workers.sampling.rollouts.version + 1
+    metrics = workers.sampling.rollouts.publish(version)
     assert metrics["rollout/weight_version"] == version
     new = generate(workers)
     assert mismatch(workers, new) < 1e-4
@@ -106,7 +107,7 @@ def test_an_update_arrives_in_every_engine_and_old_weights_would_be_noticed(work
 
 
 def test_an_engine_refuses_versions_that_do_not_go_up_and_bytes_that_differ(workers):
-    rollouts: RolloutGroup = workers.rollouts
+    rollouts: RolloutGroup = workers.sampling.rollouts
     version = rollouts.version
     snapshot = rollouts.policy.publish(version)
     with pytest.raises(ActorError, match=f"version {version} is not newer than {version}"):
@@ -118,15 +119,17 @@ def test_an_engine_refuses_versions_that_do_not_go_up_and_bytes_that_differ(work
 
 
 def test_a_late_sample_is_aborted_and_leaves_the_engine_usable(workers):
-    actor = workers.rollouts.workers
+    actor = workers.sampling.rollouts.workers
+    late = [GenerationRequest(0, (7, 8), (1, 2))]
+    actor.call("admit", late, SETTINGS, version=workers.sampling.rollouts.version, timeout_s=60)
     with pytest.raises(ActorError, match="samples not finished after 0 s"):
-        actor.call("generate", (7, 8), SETTINGS, (1, 2), version=workers.rollouts.version, within_s=0.001, timeout_s=60)
+        actor.call("collect", 0, within_s=0.001, timeout_s=60)
     assert mismatch(workers, generate(workers)) < 1e-4
 
 
 def test_an_untied_output_embedding_arrives_too(untied_model, tmp_path):
-    with started_workers(configure(untied_model, tmp_path, engines=1)) as workers:
-        workers.rollouts.publish(0)
+    with started_workers(configure(untied_model, tmp_path, engines=1), updates=9) as workers:
+        workers.sampling.rollouts.publish(0)
         workers.policy.update([random_batch(13)])
-        workers.rollouts.publish(1)
+        workers.sampling.rollouts.publish(1)
         assert mismatch(workers, generate(workers)) < 1e-4

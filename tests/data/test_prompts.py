@@ -88,7 +88,7 @@ def test_a_prompt_of_exactly_the_limit_is_not_too_long(plain_tokenizer: PreTrain
 
 
 def test_long_prompts_are_skipped_and_told(plain_tokenizer: PreTrainedTokenizerFast) -> None:
-    prepared = build(plain_tokenizer, "one two three", "one", limit=2, on_long_prompt="skip")
+    prepared = build(plain_tokenizer, "one two three", "one", limit=2, on_long_row="skip")
     assert [p.prompt for p in prepared.prompts] == ["one"]
     assert prepared.skipped == [
         "file.jsonl:9: not valid JSON",
@@ -99,36 +99,36 @@ def test_long_prompts_are_skipped_and_told(plain_tokenizer: PreTrainedTokenizerF
 def test_truncation_keeps_the_end_and_the_prompt_becomes_what_the_model_sees(
     plain_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    prepared = build(plain_tokenizer, "one two three four", "one", limit=2, on_long_prompt="truncate")
+    prepared = build(plain_tokenizer, "one two three four", "one", limit=2, on_long_row="truncate")
     assert words(plain_tokenizer, prepared) == ["three four", "<s> one"]
     assert [p.prompt for p in prepared.prompts] == ["three four", "one"]
     assert prepared.prompts[0].row["prompt"] == "one two three four"
 
 
 def test_truncation_shows_special_tokens_that_the_model_sees(plain_tokenizer: PreTrainedTokenizerFast) -> None:
-    prepared = build(plain_tokenizer, "one two </s> three", limit=2, on_long_prompt="truncate")
+    prepared = build(plain_tokenizer, "one two </s> three", limit=2, on_long_row="truncate")
     assert prepared.prompts[0].prompt == "</s> three"
 
 
 def test_truncation_never_cuts_a_chat_template(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    fits = build(chat_tokenizer, "one", limit=4, on_long_prompt="truncate")
+    fits = build(chat_tokenizer, "one", limit=4, on_long_row="truncate")
     assert words(chat_tokenizer, fits) == ["<user> one </s> <assistant>"]
     with pytest.raises(UserError, match=r"1 of 2 .* would cut into the chat template; shorten them(.|\n)*jsonl:20: "):
-        build(chat_tokenizer, "one", "one two", limit=4, on_long_prompt="truncate")
-    cut = build(chat_tokenizer, "one two", limit=2, on_long_prompt="truncate", chat_template="never")
+        build(chat_tokenizer, "one", "one two", limit=4, on_long_row="truncate")
+    cut = build(chat_tokenizer, "one two", limit=2, on_long_row="truncate", chat_template="never")
     assert words(chat_tokenizer, cut) == ["one two"]
 
 
 def test_only_what_helps_against_long_prompts_is_proposed(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"on_long_prompt: skip\n"):
+    with pytest.raises(UserError, match=r"on_long_row: skip\n"):
         build(chat_tokenizer, "one two", limit=2)
-    with pytest.raises(UserError, match=r"on_long_prompt: skip or truncate\n"):
+    with pytest.raises(UserError, match=r"on_long_row: skip or truncate\n"):
         build(chat_tokenizer, "one two", limit=2, chat_template="never")
 
 
 def test_nothing_left_is_an_error_with_the_reasons(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"no prompt is left: all 1 rows were skipped(.|\n)*4 tokens, the limit is 2"):
-        build(plain_tokenizer, "one two three", limit=2, on_long_prompt="skip")
+        build(plain_tokenizer, "one two three", limit=2, on_long_row="skip")
 
 
 LATE_SYSTEM = [{"role": "user", "content": "one"}, {"role": "system", "content": "two"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from engine.config import SourceConfig, UserError
-from engine.data.sources import Rows, load_rows
+from engine.data.sources import Rows, RowStream, load_rows, source_files, stream_rows
 
 ROWS = [{"prompt": "1 + 1 = ?", "answer": "2"}, {"prompt": "äöü 中", "answer": "3"}]
 
@@ -163,6 +164,7 @@ BAD_LINES = [
     ('{"prompt": [{"role": "assistant", "content": "hi"}]}', "the last message is the assistant's"),
     ('{"prompt": "\\ud800"}', "characters that are not valid Unicode"),
     ("[" * 100_000, "not valid JSON"),
+    ("9" * 5_000, "not valid JSON"),
 ]
 
 
@@ -236,6 +238,7 @@ def test_items_of_a_json_list_are_counted(folder: Path) -> None:
         ("a.parquet", b"PAR?", "not a valid parquet file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "cannot be read"),
         ("a.xlsx", b"x", "unknown kind of file; known: .jsonl"),
     ],
 )
@@ -301,3 +304,135 @@ def test_other_required_columns_can_be_asked_for(folder: Path) -> None:
     assert load_rows(source, columns={}, on_bad_row="skip", required=("text",)) == Rows(
         [{"text": "hello"}], ["a.jsonl:1"], ["a.jsonl:2: column 'text' is empty"]
     )
+
+
+def texts(path: str, *, on_bad_row: str = "fail") -> RowStream:
+    return stream_rows(SourceConfig(path=path), columns={}, on_bad_row=on_bad_row, required=("text",))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "A.TXT"])
+def test_a_text_file_is_one_document_kept_as_it_is(folder: Path, name: str) -> None:
+    text = "One.\r\n\n\nTwo: äöü 中\n"
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert list(texts(name)) == [(name, {"text": text})]
+
+
+def test_a_glob_of_text_files_gives_a_row_for_each(folder: Path) -> None:
+    (folder / "2.txt").write_text("two")
+    (folder / "1.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert list(texts("*.txt")) == [("1.txt", {"text": "one"}), ("2.txt", {"text": "two"})]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_text_file_that_is_not_utf8_is_reported_with_the_byte(folder: Path, mark: bytes) -> None:
+    (folder / "1.txt").write_bytes(mark + b"caf\xe9")
+    (folder / "2.txt").write_text("two")
+    with pytest.raises(
+        UserError, match=rf"'\*.txt': 1 bad of 2 rows.*\n  1.txt: not UTF-8 text \(byte {len(mark) + 3}\)"
+    ):
+        list(texts("*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": ""}, "column 'text' is empty"),
+        ({"text": " \n"}, "column 'text' is empty"),
+        ({"text": None}, "column 'text' is empty"),
+        ({"text": ["a"]}, "column 'text' must be text, is a list"),
+        ({"text": "\ud800"}, "column 'text' has characters that are not valid Unicode"),
+        ({"prompt": "a"}, "has no column 'text'; its columns: prompt; rename one with data.columns: {text: ...}"),
+    ],
+)
+def test_a_required_text_is_checked_for_its_form(folder: Path, row: dict[str, Any], reason: str) -> None:
+    (folder / "a.jsonl").write_text(json.dumps(row) + '\n{"text": "fine"}\n')
+    stream = texts("a.jsonl", on_bad_row="skip")
+    assert [place for place, _ in stream] == ["a.jsonl:2"]
+    assert stream.problems == [f"a.jsonl:1: {reason}"]
+
+
+def test_columns_that_are_not_required_are_not_checked_for_their_form(folder: Path) -> None:
+    row = {"prompt": 3, "text": ["a"], "answer": "2"}
+    write(folder / "a.jsonl", [row])
+    source = SourceConfig(path="a.jsonl")
+    assert load_rows(source, columns={}, on_bad_row="fail", required=("answer",)).rows == [row]
+
+
+def test_a_stream_gives_rows_before_it_has_read_the_others(folder: Path) -> None:
+    (folder / "source.py").write_text("def make():\n    yield {'text': 'x'}\n    raise ValueError('far away')\n")
+    rows = iter(texts("source.py:make"))
+    assert next(rows) == ("source.py:make: row 1", {"text": "x"})
+    with pytest.raises(UserError, match="far away"):
+        next(rows)
+
+
+def test_a_stream_gives_all_usable_rows_before_it_fails_for_the_bad_ones(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": "x"}\n{}\n{"text": "y"}\n')
+    rows = iter(texts("a.jsonl"))
+    assert [next(rows)[0], next(rows)[0]] == ["a.jsonl:1", "a.jsonl:3"]
+    with pytest.raises(UserError, match=r"'a.jsonl': 1 bad of 3 rows; mend them"):
+        next(rows)
+
+
+def test_a_stream_is_read_anew_each_time(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{}\n{"text": "x"}\n')
+    stream = texts("a.jsonl", on_bad_row="skip")
+    assert list(stream) == list(stream) == [("a.jsonl:2", {"text": "x"})]
+    assert (stream.num_rows, stream.num_bad, len(stream.problems)) == (1, 1, 1)
+
+
+def test_a_stream_lists_a_thousand_problems_and_counts_the_others(folder: Path) -> None:
+    (folder / "a.jsonl").write_text("{}\n" * 2_500 + '{"text": "x"}\n')
+    stream = texts("a.jsonl", on_bad_row="skip")
+    assert len(list(stream)) == 1
+    assert (stream.num_bad, len(stream.problems)) == (2_500, 1_000)
+    with pytest.raises(UserError, match=r"2500 bad of 2501 rows(.|\n)*and 2490 more$"):
+        list(texts("a.jsonl"))
+    (folder / "a.jsonl").write_text("{}\n" * 2_500)
+    with pytest.raises(UserError, match="no usable rows: all 2500 are bad"):
+        list(texts("a.jsonl", on_bad_row="skip"))
+
+
+def test_loading_lists_every_problem(folder: Path) -> None:
+    (folder / "a.jsonl").write_text("{}\n" * 1_500 + '{"prompt": "x"}\n')
+    assert len(load("a.jsonl", on_bad_row="skip").skipped) == 1_500
+
+
+def test_a_row_that_its_consumer_rejects_is_a_bad_row(folder: Path) -> None:
+    write(folder / "a.jsonl", [{"text": "x"}, {"text": "y"}])
+    skipping, failing = texts("a.jsonl", on_bad_row="skip"), texts("a.jsonl")
+    for stream in (skipping, failing):
+        last, _ = list(stream)[-1]
+        stream.reject(last, "is too odd")
+    skipping.check()
+    assert (skipping.num_rows, skipping.problems) == (1, ["a.jsonl:2: is too odd"])
+    with pytest.raises(UserError, match=r"1 bad of 2 rows.*\n  a.jsonl:2: is too odd"):
+        failing.check()
+
+
+def test_a_csv_cell_may_hold_a_long_document(folder: Path) -> None:
+    long = "word " * 100_000
+    (folder / "a.csv").write_text(f'text\n"{long}"\n')
+    assert list(texts("a.csv")) == [("a.csv:2", {"text": long})]
+
+
+def test_parquet_rows_are_counted_over_more_than_one_read(folder: Path) -> None:
+    write(folder / "a.parquet", [{"text": f"t{i}"} for i in range(3_000)])
+    assert list(texts("a.parquet"))[-1] == ("a.parquet: row 3000", {"text": "t2999"})
+
+
+def test_the_files_of_a_source_are_known_without_reading_it(folder: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.jsonl", "things/train.jsonl", "make_rows.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("def make():\n    return []\n")
+
+    def files(path: str) -> list[str]:
+        return [os.path.relpath(file, folder) for file in source_files(SourceConfig(path=path))]
+
+    assert files("*.txt") == ["a.txt", "b.txt"]
+    assert files("c.jsonl") == ["c.jsonl"]
+    assert files("things") == ["things/train.jsonl"]
+    assert files("make_rows.py:make") == files("make_rows:make") == ["make_rows.py"]
+    assert files("owner/name") == files("builtins:list") == []
+    with pytest.raises(UserError, match="no such file"):
+        files("d.txt")

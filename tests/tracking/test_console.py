@@ -70,3 +70,21 @@ def test_a_dumb_terminal_is_treated_as_a_file(monkeypatch: pytest.MonkeyPatch) -
     with Progress("grpo", 3, file=out) as progress:
         progress.step(1, METRICS)
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_stage_that_fits_text_shows_loss_and_accuracy_of_its_training_alone() -> None:
+    out = io.StringIO()
+    metrics = {"eval/loss": 9.0, "train/loss": 1.23456, "train/accuracy": 0.75, "time/tokens_per_second": 10.0}
+    with Progress("reward_model", 5, file=out) as progress:
+        progress.step(1, metrics)
+    assert out.getvalue() == "reward_model  step 1/5  loss 1.2346  accuracy 0.750  10 tok/s\n"
+
+
+def test_a_resumed_run_counts_on_and_its_bar_starts_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with Progress("sft", 8, 6, file=out) as progress:
+        fresh = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+        progress.step(7, {"time/step": 30.0})
+    assert f"sft {'━' * 30}╺{'━' * 9} 6/8" in fresh
+    assert "sft  step 7/8  30.0 s/step  ETA 0:00:30" in out.getvalue()

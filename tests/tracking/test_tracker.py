@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import Config, UserError, load_config
+from engine.config import Config, UserError
+from engine.config_file import load_config
 from engine.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,9 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(tmp_path: Path)
     tracker.log(0, {"reward/mean": 0.5})
     tracker.close("failed")
     before = {p: p.read_bytes() for p in (tmp_path / "r1").rglob("*")}
-    with pytest.raises(UserError, match="r1 already holds a run; choose another name= or delete it"):
+    with pytest.raises(
+        UserError, match=r"r1 already holds a run; choose another name= or delete it \(resume=auto goes"
+    ):
         Tracker(config_for(tmp_path))
     assert {p: p.read_bytes() for p in (tmp_path / "r1").rglob("*")} == before
 
@@ -102,6 +105,27 @@ def test_a_folder_with_other_files_is_refused_and_an_empty_one_accepted(tmp_path
         Tracker(config_for(tmp_path))
     (tmp_path / "r1" / "mine.txt").unlink()
     Tracker(config_for(tmp_path)).close("succeeded")
+
+
+def test_what_the_preflight_has_made_neither_blocks_a_run_nor_goes_with_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = [tmp_path / "r1" / "start" / "tokenizer.json", tmp_path / "r1" / "corpus" / "tokens.bin"]
+    for path in prepared:
+        path.parent.mkdir(parents=True)
+        path.write_text("made")
+    Tracker(config_for(tmp_path)).close("failed")  # before its first measurement
+    Tracker(config_for(tmp_path)).close("failed")
+    assert [path.read_text() for path in prepared] == ["made", "made"]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("wandb cannot start")
+
+    monkeypatch.setattr("engine.tracking.tracker.WandbRun", refuse)
+    with pytest.raises(UserError, match="cannot start"):
+        Tracker(config_for(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "r1").iterdir()) == ["corpus", "start"]
+    assert [path.read_text() for path in prepared] == ["made", "made"]
 
 
 def test_a_file_where_the_folder_should_be_is_a_clear_error(tmp_path: Path) -> None:

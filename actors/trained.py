@@ -1,0 +1,170 @@
+"""What every trained model's actor and group share: updates over split batches, metrics, saving, checkpoints.
+
+controller: TrainedGroup                  ranks: TrainedActor
+split each batch by cost    ------->      one loss per micro-batch, summed into one optimizer update
+metrics of rank 0           <-------      metrics reduced over ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from actors.group import Split, WorkerGroup
+from actors.process import RankInfo
+from actors.trainer import Trainable, Trainer
+from engine.config import Config
+from engine.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One rank's share of one optimizer update, with the denominators of all ranks together."""
+
+    microbatches: Sequence[Batch]
+    total_tokens: int
+    """Trained tokens of the whole update."""
+    total_sequences: int
+    """Samples with a trained token in the whole update."""
+    total_groups: int
+    """Groups (pairs, rankings) in the whole update."""
+
+
+@dataclass
+class Stats:
+    """Means and maxima of values seen in an update, over micro-batches and ranks.
+
+    Every rank names the same `means` and `maxima`, whether or not it had samples, since they are reduced together.
+    """
+
+    means: tuple[str, ...]
+    maxima: tuple[str, ...] = ()
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    tops: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take values, one per token, sample or pair, into the means."""
+        for name, x in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + float(x.detach().double().sum()), count + x.numel())
+
+    def maximum(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Keep the largest absolute value."""
+        for name, x in values.items():
+            largest = float(x.detach().abs().max()) if x.numel() else 0.0
+            self.tops[name] = max(self.tops.get(name, 0.0), largest)
+
+    def reduce(self, trainer: Trainer) -> dict[str, float]:
+        """Global values under their names; what nobody saw is left out."""
+        assert set(self.sums) <= set(self.means), "an undeclared mean"
+        assert set(self.tops) <= set(self.maxima), "an undeclared maximum"
+        pairs = torch.tensor([self.sums.get(name, (0.0, 0)) for name in self.means], dtype=torch.float64)
+        pairs = trainer.all_reduce(pairs.reshape(-1, 2))
+        tops = torch.tensor([self.tops.get(name, 0.0) for name in self.maxima], dtype=torch.float64)
+        tops = trainer.all_reduce(tops, dist.ReduceOp.MAX)
+        seen = zip(self.means, pairs.tolist(), strict=True)
+        return {name: total / count for name, (total, count) in seen if count} | dict(
+            zip(self.maxima, tops.tolist(), strict=True)
+        )
+
+
+class TrainedActor:
+    """One rank of a trained model. Subclasses say what is trained (`make`) and on what loss (`loss`)."""
+
+    def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
+        """`updates` is the run's total number of optimizer updates, for the learning-rate schedule."""
+        self.config = config
+        self.info = info
+        self.updates = updates
+
+    def start(self) -> None:
+        """Join the process group and load the model."""
+        self.trainer = Trainer(self.config, self.info, self.make, self.updates)
+
+    def make(self) -> Trainable:
+        """The model, its adapter, and the module that the engine runs."""
+        raise NotImplementedError
+
+    def new_stats(self) -> Stats:
+        """Names of the metrics that `loss` reports."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
+        """This micro-batch's share of the global loss; of an empty batch 0, after the same forward pass."""
+        raise NotImplementedError
+
+    def hidden_size(self) -> int:
+        """Width of the model, for the cost of a sample."""
+        return int(self.trainer.model.config.get_text_config().hidden_size)
+
+    def update(self, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        """One optimizer update per minibatch; returns global metrics, equal on every rank."""
+        stats = self.new_stats()
+        updates = []
+        for minibatch in minibatches:
+            losses = [partial(self.loss, batch, minibatch, stats) for batch in minibatch.microbatches]
+            updates.append(self.trainer.update(losses))
+        means = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+        prefix = "policy" if self.config.stage == "rl" else "train"
+        named = {f"{prefix}/{name}": value for name, value in means.items()}
+        return named | stats.reduce(self.trainer)
+
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write the model in Hugging Face format."""
+        self.trainer.save(folder, record)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what training goes on from."""
+        self.trainer.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote."""
+        self.trainer.load_state(folder)
+
+
+class TrainedGroup:
+    """The controller's side: splits batches over the ranks and gathers what they return."""
+
+    def __init__(self, config: Config, workers: WorkerGroup) -> None:
+        self.config = config
+        self.workers = workers
+        self.hidden_size = workers.call("hidden_size", timeout_s=config.timeouts.start)[0]
+        self._whole_groups = config.stage in ("preference", "reward_model")
+
+    def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimizer update per minibatch; returns metrics over all of them."""
+        per_rank: list[list[Minibatch]] = [[] for _ in self.workers.actors]
+        for batch in minibatches:
+            trained_lens = batch.response_lens
+            totals = int(trained_lens.sum()), int((trained_lens > 0).sum()), len(np.unique(batch.group_ids))
+            for share, minibatch in zip(self._split(batch).shares(), per_rank, strict=True):
+                minibatch.append(Minibatch(share, *totals))
+        return self.workers.scatter("update", per_rank, timeout_s=self.config.timeouts.update)[0]
+
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write the model in Hugging Face format, whole or not at all."""
+        self.workers.call("save", folder, record, timeout_s=self.config.timeouts.save)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what training goes on from into a folder that every rank reaches."""
+        self.workers.call("save_state", folder, timeout_s=self.config.timeouts.save)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote."""
+        self.workers.call("load_state", folder, timeout_s=self.config.timeouts.save)
+
+    def _split(self, batch: Batch) -> Split:
+        return Split.of(
+            batch,
+            ranks=len(self.workers.actors),
+            token_budget=self.config.policy.tokens_per_microbatch,
+            hidden_size=self.hidden_size,
+            whole_groups=self._whole_groups,
+        )

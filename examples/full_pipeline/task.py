@@ -1,0 +1,158 @@
+"""Text that every machine has and three generated tasks, for a model that starts from random weights.
+
+    documents     docstrings of Python's standard library                            pretrain
+    instructions  prompt, completion: half the answers are terse, half polite        sft
+    preferences   prompt, chosen, rejected: right before wrong, terse before polite  reward_model, preference
+    prompts       prompt, answer                                                     rl, and every evaluation by rewards
+
+Nothing of the tasks is in the documents, so a pretrained model cannot do them. A prompt belongs to one of the four
+columns of `_USES` by its hash: no stage meets a prompt of another one, and none meets the held-out ones.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import random
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine import Sample, reward
+
+WORDS = "string list class value name method module file object thread event address stream order user buffer".split()
+ORDINALS = ["first", "second", "third", "fourth"]
+OPENINGS = ["Sure!", "Of course.", "Yes, gladly."]
+CLOSINGS = ["Please check it.", "Thank you."]
+
+NOISE = 0.08
+"""Share of the training pairs whose labels are exchanged."""
+ROWS = {"instructions": 20_000, "preferences": 6_000, "prompts": 4_000, "held_out": 400}
+_USES = list(ROWS)
+_NO_TEXT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+
+
+def documents(split: str) -> list[dict[str, str]]:
+    """One row per module: its docstrings, in the order of the source. A twentieth of the top-level names is held out."""
+    return [{"text": text} for name, text in _library().items() if (_hash(name.split("/")[0]) % 20 == 0) == _is_held_out(split)]
+
+
+def instructions(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Prompts with the right answer; by the toss of a coin it is terse (the answer alone) or polite."""
+    for rng, prompt, answer, _ in _questions("instructions", split, seed):
+        yield {"prompt": prompt, "completion": _polite(answer, rng) if rng.random() < 0.5 else answer}
+
+
+def preferences(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Two of four answers (right or wrong, terse or polite), the one of more `gold` chosen.
+
+    Of the training pairs the share `NOISE` is labelled the other way round; held-out labels are clean.
+    """
+    noise = 0.0 if _is_held_out(split) else NOISE
+    for rng, prompt, answer, wrong in _questions("preferences", split, seed):
+        right_ones, wrong_ones = [answer, _polite(answer, rng)], [wrong, _polite(wrong, rng)]
+        rejected = rng.choice([right_ones[1], *wrong_ones])
+        chosen = right_ones[0] if rejected == right_ones[1] else rng.choice(right_ones)
+        if rng.random() < noise:
+            chosen, rejected = rejected, chosen
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def prompts(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Prompts to be answered, with the right answer for the rewards."""
+    for _, prompt, answer, _ in _questions("prompts", split, seed):
+        yield {"prompt": prompt, "answer": answer}
+
+
+@reward(timeout=10)
+def exact_match(sample: Sample) -> float:
+    """1 if the answer is right, be it terse or polite, else 0."""
+    return float(_answer_in(sample.completion) == sample.row.answer)
+
+
+@reward(timeout=10)
+def gold(sample: Sample) -> float:
+    """The rule behind the preferences: 0 for a wrong answer, else the share of the words that are the answer."""
+    return exact_match(sample) * len(sample.row.answer.split()) / max(1, len(sample.completion.split()))
+
+
+def _questions(use: str, split: str, seed: int) -> Iterator[tuple[random.Random, str, str, str]]:
+    """(random numbers for this row, prompt, answer, a wrong answer), without repetition."""
+    pool = "held_out" if _is_held_out(split) else use
+    rng = random.Random(f"{use} {split} {seed}")
+    seen: set[str] = set()
+    while len(seen) < ROWS[pool]:
+        prompt, answer, wrong = rng.choice([_larger, _pick, _reverse])(rng)
+        if prompt not in seen and _USES[_hash(prompt) % len(_USES)] == pool:
+            seen.add(prompt)
+            yield rng, prompt, answer, wrong
+
+
+def _larger(rng: random.Random) -> tuple[str, str, str]:
+    a, b = rng.sample(range(10, 1000), 2)
+    return f"Which number is larger, {a} or {b}?", str(max(a, b)), str(min(a, b))
+
+
+def _pick(rng: random.Random) -> tuple[str, str, str]:
+    words = rng.sample(WORDS, 4)
+    place, other = rng.sample(range(4), 2)
+    return f"Which word is the {ORDINALS[place]} of: {' '.join(words)}?", words[place], words[other]
+
+
+def _reverse(rng: random.Random) -> tuple[str, str, str]:
+    words = rng.sample(WORDS, rng.choice([2, 3, 4]))
+    wrong = words[::-1]
+    i, j = rng.sample(range(len(words)), 2)
+    wrong[i], wrong[j] = wrong[j], wrong[i]
+    return f"Write in reverse order: {' '.join(words)}", " ".join(words[::-1]), " ".join(wrong)
+
+
+def _polite(answer: str, rng: random.Random) -> str:
+    return f"{rng.choice(OPENINGS)} The answer is {answer}. {rng.choice(CLOSINGS)}"
+
+
+def _answer_in(completion: str) -> str:
+    """What a completion gives as the answer: what a polite one has between its phrases, else all of it."""
+    text = completion.strip()
+    for opening in OPENINGS:
+        for closing in CLOSINGS:
+            start, end = f"{opening} The answer is ", f". {closing}"
+            if text.startswith(start) and text.endswith(end):
+                return text[len(start) : -len(end)]
+    return text
+
+
+@functools.cache
+def _library() -> dict[str, str]:
+    """Path of each module of the standard library -> its docstrings; a docstring that two modules share is the first's."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    seen: set[str] = set()
+    texts = {}
+    for file in sorted(root.rglob("*.py")):
+        path = file.relative_to(root)
+        if not _NO_TEXT & set(path.parts) and (new := [d for d in _docstrings(file) if d not in seen]):
+            seen.update(new)
+            texts[path.as_posix()] = "\n\n".join(dict.fromkeys(new))
+    return texts
+
+
+def _docstrings(file: Path) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda n: getattr(n, "lineno", 0))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+def _is_held_out(split: str) -> bool:
+    return {"train": False, "held_out": True}[split]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
