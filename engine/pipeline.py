@@ -68,13 +68,11 @@ def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Re
     missing = [name for name in stages if name not in results]
     plans = _preflight(stages, missing)
     with contextlib.ExitStack() as stack:
-        if missing:
-            catch_signals = stack.enter_context(_interruptible())
-            stack.enter_context(_cluster([stages[name] for name in missing], catch_signals))
+        connect = _once(lambda: stack.enter_context(_cluster([stages[name] for name in missing])))
         for name, stage in stages.items():
             if name in missing:
                 models = {earlier: result.model for earlier, result in results.items()}
-                results[name] = _run_stage(resolved(stage, models), plans.get(name))
+                results[name] = _run_stage(stage, models, plans.get(name), connect)
             if len(stages) > 1:
                 state = "finished" if name in missing else "was finished already"
                 print(f"stage {name} {state}: {results[name].summary()}", flush=True)
@@ -157,7 +155,7 @@ def _finished(config: Config) -> Result | None:
     Raises:
         UserError: its folder holds a run with other settings, finished or not.
     """
-    if config.resume == "never":
+    if config.resume == "never" or not config.run_dir.is_dir():
         return None
     record = config.run_dir / "config.yaml"
     if record.is_file():
@@ -173,29 +171,46 @@ def _finished(config: Config) -> Result | None:
 
 
 @contextlib.contextmanager
-def _cluster(stages: list[Config], catch_signals: Callable[[], None]) -> Iterator[None]:
-    """A connection to Ray for these stages."""
+def _cluster(stages: list[Config]) -> Iterator[None]:
+    """A connection to Ray for these stages, ended in order when signals come."""
     if stages[0].ray.address is None:
         use_private_token()
     # Ray and the actors' libraries, only once the preflight has passed
     from engine.cluster import connected
 
-    with connected(stages):
+    with _interruptible() as catch_signals, connected(stages):
         catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
         yield
 
 
-def _run_stage(config: Config, plan: Plan | None) -> Result:
-    """One stage, from its records to its result."""
-    from engine.cluster import started_workers
+def _once(action: Callable[[], Any]) -> Callable[[], None]:
+    """Does it at the first call only."""
+    done = False
 
+    def call() -> None:
+        nonlocal done
+        if not done:
+            done = True
+            action()
+
+    return call
+
+
+def _run_stage(
+    given: Config, models: Mapping[str, Path], plan: Plan | None, connect: Callable[[], None]
+) -> Result:
+    """One stage, from its records to its result; the cluster is joined once the first stage's records are open."""
+    config = resolved(given, models)
     plan = plan or prepare(config)
     checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
     resumed = checkpoints.newest() if config.resume == "auto" else None
-    tracker = Tracker(config, resume_step=_resume_step(config, resumed))
+    tracker = Tracker(given, resume_step=_resume_step(config, resumed))
     status = "failed"
     try:
         _note_start(tracker, plan, checkpoints, resumed)
+        connect()
+        from engine.cluster import started_workers
+
         with started_workers(config, updates=plan.updates, annotators=len(plan.annotators)) as workers:
             stage = _stage(config, workers, tracker, plan)
             result = Loop(config, stage, tracker, checkpoints).run(resumed)

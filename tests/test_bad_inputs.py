@@ -164,7 +164,7 @@ CASES = [
     case("object store too small", lambda r: r.set("ray.object_store_gib", 0.05), "ray.object_store_gib: ", "0.1"),
     case("KL without a gradient", lambda r: r.set("algorithm.kl_estimator", "k1"), "kl_estimator: ", "'k2' or 'k3'"),
     case("NaN", lambda r: r.set("optimizer.learning_rate", float("nan")), "optimizer.learning_rate: ", "got nan"),
-    case("required section missing", lambda r: r.raw.pop("rl"), "run.yaml: rl: is required", "Sizes of the loop"),
+    case("required section missing", lambda r: r.raw.pop("data"), "run.yaml: data: is required", "Rows"),
     case("two mistakes", two_mistakes, "rl.steps: ", "got 0", "seed: ", "got -1"),
     case("bad run name", lambda r: r.set("name", "a/b"), "name: ", "match pattern", "got 'a/b'"),
     # sizes that do not go together
@@ -244,7 +244,7 @@ CASES = [
          "(a, b)"),
     case("same reward twice", same_function_twice, "rewards.functions: ", "same name", "give each its own `name`"),
     case("two rewards of one name", same_name_twice, "rewards.functions: ", "named 'score'", "its own name"),
-    case("no reward", lambda r: r.set("rewards.functions", []), "rewards.functions: ", "at least 1 item"),
+    case("no reward", lambda r: r.set("rewards.functions", []), "rewards.functions: is required", "at least one"),
     # where the records go
     case("name taken", existing_run, "runs/test already holds a run", "choose another name= or delete it"),
     case("output_dir is a file", file_as_output, "taken/test: cannot make the run's folder", "another output_dir="),

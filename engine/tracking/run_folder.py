@@ -15,30 +15,36 @@ PREPARED = {"start", "corpus"}
 """Folders that the preflight may have made there: a model with a new tokenizer, a store of tokens."""
 
 
+def check_free(folder: Path) -> None:
+    """Raise UserError if a new run cannot have this folder, because of what it holds; changes nothing."""
+    if _ended_unmeasured(folder):
+        return
+    if (folder / METRICS).exists():
+        raise UserError(
+            f"{folder} already holds a run; choose another name= or delete it "
+            "(resume=auto goes on from a run's checkpoints)"
+        )
+    if folder.is_dir() and any(path.name not in PREPARED for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another name= or delete it")
+
+
 def make_empty(folder: Path) -> list[Path]:
     """Make a folder, or accept one that holds nothing but `PREPARED`; returns the folders made, innermost first.
 
     Raises:
         UserError: it is not empty, is a file, or cannot be made or written.
     """
-    if _ended_unmeasured(folder):
-        remove_records(folder, [])
-    if (folder / METRICS).exists():
-        raise UserError(
-            f"{folder} already holds a run; choose another name= or delete it "
-            "(resume=auto goes on from a run's checkpoints)"
-        )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        check_free(folder)
+        if _ended_unmeasured(folder):
+            remove_records(folder, [])
         folder.mkdir(parents=True, exist_ok=True)
-        empty = all(path.name in PREPARED for path in folder.iterdir())
     except OSError as error:
         _rmdir(made)
         raise UserError(
             f"{folder}: cannot make the run's folder: {error.strerror}; choose another output_dir= or name="
         ) from None
-    if not empty:
-        raise UserError(f"{folder} is not empty; choose another name= or delete it")
     return made
 
 

@@ -15,6 +15,7 @@ import ast
 import functools
 import hashlib
 import random
+import string
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from pathlib import Path
 
 from engine import Sample, reward
 
-WORDS = "string list class value name method module file object thread event address stream order user buffer".split()
-ORDINALS = ["first", "second", "third", "fourth"]
+LENGTHS = [3, 4, 5]
+"""Digits of a number; it may begin with 0."""
 OPENINGS = ["Sure!", "Of course.", "Yes, gladly."]
 CLOSINGS = ["Please check it.", "Thank you."]
 
@@ -41,7 +42,7 @@ def documents(split: str) -> list[dict[str, str]]:
 
 def instructions(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Prompts with the right answer; by the toss of a coin it is terse (the answer alone) or polite."""
-    for rng, prompt, answer, _ in _questions("instructions", split, seed):
+    for rng, prompt, answer in _questions("instructions", split, seed):
         yield {"prompt": prompt, "completion": _polite(answer, rng) if rng.random() < 0.5 else answer}
 
 
@@ -51,7 +52,8 @@ def preferences(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
     Of the training pairs the share `NOISE` is labelled the other way round; held-out labels are clean.
     """
     noise = 0.0 if _is_held_out(split) else NOISE
-    for rng, prompt, answer, wrong in _questions("preferences", split, seed):
+    for rng, prompt, answer in _questions("preferences", split, seed):
+        wrong = _changed(answer, rng)
         right_ones, wrong_ones = [answer, _polite(answer, rng)], [wrong, _polite(wrong, rng)]
         rejected = rng.choice([right_ones[1], *wrong_ones])
         chosen = right_ones[0] if rejected == right_ones[1] else rng.choice(right_ones)
@@ -62,7 +64,7 @@ def preferences(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
 
 def prompts(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Prompts to be answered, with the right answer for the rewards."""
-    for _, prompt, answer, _ in _questions("prompts", split, seed):
+    for _, prompt, answer in _questions("prompts", split, seed):
         yield {"prompt": prompt, "answer": answer}
 
 
@@ -78,35 +80,36 @@ def gold(sample: Sample) -> float:
     return exact_match(sample) * len(sample.row.answer.split()) / max(1, len(sample.completion.split()))
 
 
-def _questions(use: str, split: str, seed: int) -> Iterator[tuple[random.Random, str, str, str]]:
-    """(random numbers for this row, prompt, answer, a wrong answer), without repetition."""
+def _questions(use: str, split: str, seed: int) -> Iterator[tuple[random.Random, str, str]]:
+    """(random numbers for this row, prompt, answer), no prompt twice."""
     pool = "held_out" if _is_held_out(split) else use
     rng = random.Random(f"{use} {split} {seed}")
     seen: set[str] = set()
     while len(seen) < ROWS[pool]:
-        prompt, answer, wrong = rng.choice([_larger, _pick, _reverse])(rng)
+        digits = "".join(rng.choices(string.digits, k=rng.choice(LENGTHS)))
+        prompt, answer = rng.choice([_backwards, _sorted, _largest])(digits)
         if prompt not in seen and _USES[_hash(prompt) % len(_USES)] == pool:
             seen.add(prompt)
-            yield rng, prompt, answer, wrong
+            yield rng, prompt, answer
 
 
-def _larger(rng: random.Random) -> tuple[str, str, str]:
-    a, b = rng.sample(range(10, 1000), 2)
-    return f"Which number is larger, {a} or {b}?", str(max(a, b)), str(min(a, b))
+def _backwards(digits: str) -> tuple[str, str]:
+    return f"Write {digits} backwards.", digits[::-1]
 
 
-def _pick(rng: random.Random) -> tuple[str, str, str]:
-    words = rng.sample(WORDS, 4)
-    place, other = rng.sample(range(4), 2)
-    return f"Which word is the {ORDINALS[place]} of: {' '.join(words)}?", words[place], words[other]
+def _sorted(digits: str) -> tuple[str, str]:
+    return f"Sort the digits of {digits}.", "".join(sorted(digits))
 
 
-def _reverse(rng: random.Random) -> tuple[str, str, str]:
-    words = rng.sample(WORDS, rng.choice([2, 3, 4]))
-    wrong = words[::-1]
-    i, j = rng.sample(range(len(words)), 2)
-    wrong[i], wrong[j] = wrong[j], wrong[i]
-    return f"Write in reverse order: {' '.join(words)}", " ".join(words[::-1]), " ".join(wrong)
+def _largest(digits: str) -> tuple[str, str]:
+    return f"What is the largest digit of {digits}?", max(digits)
+
+
+def _changed(answer: str, rng: random.Random) -> str:
+    """A wrong answer: one digit is another."""
+    place = rng.randrange(len(answer))
+    other = rng.choice([digit for digit in string.digits if digit != answer[place]])
+    return answer[:place] + other + answer[place + 1 :]
 
 
 def _polite(answer: str, rng: random.Random) -> str:
