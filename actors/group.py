@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,14 @@ from engine.schedule.balancing import plan_microbatches
 
 class ActorError(RuntimeError):
     """An actor raised or died. The message names actor, method and elapsed time."""
+
+
+class ActorDiedError(ActorError):
+    """An actor's process is gone. `reference` is the call that it left unanswered."""
+
+    def __init__(self, message: str, reference: Any) -> None:
+        super().__init__(message)
+        self.reference = reference
 
 
 class DeadlineError(ActorError):
@@ -70,7 +79,7 @@ def _result(ref: Any, name: str, method: str, start: float) -> Any:
     except RayActorError as error:
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
-        raise ActorError(f"{name}: died after {elapsed:.1f} s in {method}(): {why}") from error
+        raise ActorDiedError(f"{name}: died after {elapsed:.1f} s in {method}(): {why}", ref) from error
     except RayError as error:  # out of memory, a lost object, an environment that could not be set up
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
@@ -130,12 +139,16 @@ class WorkerGroup:
         """Makes one actor per slot with its own constructor arguments; `start_all` starts them."""
         remote: Any = ray.remote(actor_class)
         self.name = name
-        self.actors: list[Any] = [
-            remote.options(
-                **slots.options(rank), runtime_env={"env_vars": dict(env)}, max_concurrency=concurrency
-            ).remote(*args)
+        self._make = [
+            partial(
+                remote.options(
+                    **slots.options(rank), runtime_env={"env_vars": dict(env)}, max_concurrency=concurrency
+                ).remote,
+                *args,
+            )
             for rank, args in enumerate(arguments)
         ]
+        self.actors: list[Any] = [make() for make in self._make]
 
     def rank_name(self, rank: int) -> str:
         """How errors name a rank."""
@@ -155,6 +168,12 @@ class WorkerGroup:
         shares = enumerate(per_rank)
         pending = {self.submit(r, method, arg, **kwargs): self.rank_name(r) for r, arg in shares}
         return gather(pending, method, timeout_s)
+
+    def restart(self, rank: int, timeout_s: float) -> None:
+        """Put a new actor in the place of one that died, and start it."""
+        ray.kill(self.actors[rank])
+        self.actors[rank] = self._make[rank]()
+        gather({self.submit(rank, "start"): self.rank_name(rank)}, "start", timeout_s)
 
     def kill(self) -> None:
         """End the actors at once."""

@@ -20,12 +20,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.group import ActorError, WorkerGroup, as_completed
+from actors.group import ActorDiedError, ActorError, WorkerGroup, as_completed, gather
 from actors.lora_engine import engine_lora_arguments, load_adapter
 from actors.policy import PolicyGroup, ships_adapter
 from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
+
+MAX_RESTARTS = 3
+"""Engines that a run replaces; the next death ends it."""
 
 
 @dataclass
@@ -247,7 +250,8 @@ class RolloutActor:
 class RolloutGroup:
     """The controller's side of the engines: gives prompts to the least busy one and keeps their weights current.
 
-    Only an engine that acknowledged the current version and its checksum is given prompts.
+    Only an engine that acknowledged the current version and its checksum is given prompts. One that dies while it
+    generates is replaced, brought to the current version and given its open prompts again, with the same seeds.
     """
 
     def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
@@ -255,6 +259,7 @@ class RolloutGroup:
         self.workers = workers
         self.policy = policy
         self.version: int | None = 0 if serves_teacher(config) else None
+        self.restarts = 0
 
     def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to the policy's weights under this version; returns timings and sizes.
@@ -269,17 +274,14 @@ class RolloutGroup:
         start = time.monotonic()
         snapshot = self.policy.publish(version)
         packed = time.monotonic()
-        timeout_s = self.config.timeouts.publish
-        acks = self.workers.call("load_weights", snapshot, timeout_s, timeout_s=timeout_s)
-        for rank, ack in enumerate(acks):
-            if ack != Ack(version, snapshot.checksum):
-                raise ActorError(f"{self.workers.rank_name(rank)}: acknowledged {ack}, not version {version}")
+        self._load(snapshot, range(len(self.workers.actors)))
         self.version = version
         return {
             "time/publish": time.monotonic() - start,
             "time/publish_pack": packed - start,
             "rollout/weight_bytes": float(snapshot.num_bytes),
             "rollout/weight_version": float(version),
+            "rollout/engine_restarts": float(self.restarts),
         }
 
     def generate(
@@ -295,11 +297,46 @@ class RolloutGroup:
             tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
             shares[rank].append(request)
         self.workers.scatter("admit", shares, timeout_s=timeout_s, settings=settings, version=self.version)
-        names: dict[Any, str] = {}
-        keys: dict[Any, int] = {}
+        open_calls: dict[Any, tuple[int, GenerationRequest]] = {}
         for rank in ranks:
-            for request in shares[rank]:
-                ref = self.workers.submit(rank, "collect", request.key, within_s=timeout_s)
-                names[ref], keys[ref] = self.workers.rank_name(rank), request.key
-        for ref, generations in as_completed(names, "generate", timeout_s):
-            yield keys[ref], generations
+            open_calls |= self._collect(rank, shares[rank])
+        deadline = time.monotonic() + timeout_s
+        while open_calls:
+            names = {ref: self.workers.rank_name(rank) for ref, (rank, _) in open_calls.items()}
+            try:
+                for ref, generations in as_completed(names, "generate", deadline - time.monotonic()):
+                    yield open_calls.pop(ref)[1].key, generations
+            except ActorDiedError as error:
+                rank = open_calls[error.reference][0]
+                lost = {ref: request for ref, (r, request) in open_calls.items() if r == rank}
+                self._revive(rank, error)
+                again = self.workers.submit(rank, "admit", list(lost.values()), settings, version=self.version)
+                gather({again: self.workers.rank_name(rank)}, "admit", timeout_s)
+                open_calls = {ref: call for ref, call in open_calls.items() if ref not in lost}
+                open_calls |= self._collect(rank, list(lost.values()))
+
+    def _collect(self, rank: int, requests: Sequence[GenerationRequest]) -> dict[Any, tuple[int, GenerationRequest]]:
+        within_s = self.config.timeouts.generate
+        return {self.workers.submit(rank, "collect", r.key, within_s=within_s): (rank, r) for r in requests}
+
+    def _revive(self, rank: int, error: ActorDiedError) -> None:
+        """A new engine in the place of a dead one, at the current version of the weights."""
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise error
+        self.workers.restart(rank, self.config.timeouts.start)
+        if not serves_teacher(self.config):
+            assert self.version is not None, "samples were asked for before any weights were published"
+            self._load(self.policy.publish(self.version), [rank])
+
+    def _load(self, snapshot: Snapshot, ranks: Sequence[int]) -> None:
+        """Bring engines to a snapshot, and see that they have it.
+
+        Raises:
+            ActorError: one failed to load it or acknowledged something else.
+        """
+        timeout_s = self.config.timeouts.publish
+        calls = {self.workers.submit(r, "load_weights", snapshot, timeout_s): self.workers.rank_name(r) for r in ranks}
+        for rank, ack in zip(ranks, gather(calls, "load_weights", timeout_s), strict=True):
+            if ack != Ack(snapshot.version, snapshot.checksum):
+                raise ActorError(f"{self.workers.rank_name(rank)}: acknowledged {ack}, not version {snapshot.version}")

@@ -191,7 +191,10 @@ class Trainer:
         unfinished = folder.with_name(folder.name + ".partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         if weights:
-            self.model.generation_config = _valid_generation_config(self.model)
+            if self.model.can_generate():
+                self.model.generation_config = _valid_generation_config(self.model)
+            if hasattr(self.model.config, "quantization_config"):  # merged weights are not quantised any more
+                del self.model.config.quantization_config
             self.model.save_pretrained(unfinished, state_dict=weights)
         else:
             assert self.adapter is not None

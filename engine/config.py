@@ -535,8 +535,12 @@ class Config(Section):
                 f"model.export: {kind} cannot be merged into the weights; use adapter",
             ),
             (
-                adapter.four_bit and (self.device == "cpu" or kind != "lora"),
-                "model.adapter.four_bit: needs device: cuda and kind: lora",
+                adapter.four_bit and (self.device == "cpu" or kind != "lora" or self.stage == "reward_model"),
+                "model.adapter.four_bit: needs device: cuda and kind: lora, and is not for reward models",
+            ),
+            (
+                kind == "prefix" and model.gradient_checkpointing,
+                "model.gradient_checkpointing: drops the keys and values of a trained prefix; set it to false",
             ),
             (
                 self.stage == "distill" and not self.distill.teacher,

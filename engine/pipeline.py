@@ -196,18 +196,17 @@ def _once(action: Callable[[], Any]) -> Callable[[], None]:
     return call
 
 
-def _run_stage(
-    given: Config, models: Mapping[str, Path], plan: Plan | None, connect: Callable[[], None]
-) -> Result:
+def _run_stage(given: Config, models: Mapping[str, Path], plan: Plan | None, connect: Callable[[], None]) -> Result:
     """One stage, from its records to its result; the cluster is joined once the first stage's records are open."""
     config = resolved(given, models)
     plan = plan or prepare(config)
     checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
     resumed = checkpoints.newest() if config.resume == "auto" else None
-    tracker = Tracker(given, resume_step=_resume_step(config, resumed))
+    resume_step = _resume_step(config, resumed)
+    tracker = Tracker(given, resume_step=resume_step)
     status = "failed"
     try:
-        _note_start(tracker, plan, checkpoints, resumed)
+        _note_start(tracker, plan, checkpoints, resumed, begun=resume_step is not None)
         connect()
         from engine.cluster import started_workers
 
@@ -236,7 +235,9 @@ def _resume_step(config: Config, resumed: Checkpoint | None) -> int | None:
     return -1 if begun else None
 
 
-def _note_start(tracker: Tracker, plan: Plan, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
+def _note_start(
+    tracker: Tracker, plan: Plan, checkpoints: Checkpoints, resumed: Checkpoint | None, begun: bool
+) -> None:
     for reason in plan.skipped:
         tracker.event("row_skipped", reason=reason)
     if plan.skipped:
@@ -246,6 +247,8 @@ def _note_start(tracker: Tracker, plan: Plan, checkpoints: Checkpoints, resumed:
         tracker.note(f"a checkpoint is not whole and was passed over: {reason}")
     if resumed is not None:
         tracker.note(f"goes on from the checkpoint of step {resumed.step}")
+    elif begun:
+        tracker.note("was begun before and left no checkpoint; starts over")
 
 
 def _stage(config: Config, workers: Workers, tracker: Tracker, plan: Plan) -> Stage:

@@ -5,8 +5,9 @@
     preferences   prompt, chosen, rejected: right before wrong, terse before polite  reward_model, preference
     prompts       prompt, answer                                                     rl, and every evaluation by rewards
 
-Nothing of the tasks is in the documents, so a pretrained model cannot do them. A prompt belongs to one of the four
-columns of `_USES` by its hash: no stage meets a prompt of another one, and none meets the held-out ones.
+The tasks are to write a number backwards, to sort its digits and to name the largest of them. Nothing of them is in the
+documents, so a pretrained model cannot do them. A prompt's hash says which of the last three functions may use it for
+training, or whether it is held out: no function's training prompts are another's, and none of them is held out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from engine import Sample, reward
 
 LENGTHS = [3, 4, 5]
 """Digits of a number; it may begin with 0."""
-OPENINGS = ["Sure!", "Of course.", "Yes, gladly."]
+OPENINGS = ["Sure!", "Of course.", "Certainly."]
 CLOSINGS = ["Please check it.", "Thank you."]
 
 NOISE = 0.08
@@ -36,8 +37,13 @@ _NO_TEXT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2t
 
 
 def documents(split: str) -> list[dict[str, str]]:
-    """One row per module: its docstrings, in the order of the source. A twentieth of the top-level names is held out."""
-    return [{"text": text} for name, text in _library().items() if (_hash(name.split("/")[0]) % 20 == 0) == _is_held_out(split)]
+    """One row per module: its docstrings, in the order of the source.
+
+    About a twentieth of the library is held out, by the top-level name: a package stays together, and a docstring that
+    stands in several modules belongs to the first of them alone.
+    """
+    held_out = _is_held_out(split)
+    return [{"text": text} for path, text in _library().items() if (_hash(path.parts[0]) % 20 == 0) == held_out]
 
 
 def instructions(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
@@ -76,8 +82,8 @@ def exact_match(sample: Sample) -> float:
 
 @reward(timeout=10)
 def gold(sample: Sample) -> float:
-    """The rule behind the preferences: 0 for a wrong answer, else the share of the words that are the answer."""
-    return exact_match(sample) * len(sample.row.answer.split()) / max(1, len(sample.completion.split()))
+    """The rule behind the preferences: 0 for a wrong answer, else 1 / number of words, so 1 if right and terse."""
+    return exact_match(sample) / max(1, len(sample.completion.split()))
 
 
 def _questions(use: str, split: str, seed: int) -> Iterator[tuple[random.Random, str, str]]:
@@ -113,7 +119,7 @@ def _changed(answer: str, rng: random.Random) -> str:
 
 
 def _polite(answer: str, rng: random.Random) -> str:
-    return f"{rng.choice(OPENINGS)} The answer is {answer}. {rng.choice(CLOSINGS)}"
+    return f"{rng.choice(OPENINGS)} The result is {answer}. {rng.choice(CLOSINGS)}"
 
 
 def _answer_in(completion: str) -> str:
@@ -121,15 +127,15 @@ def _answer_in(completion: str) -> str:
     text = completion.strip()
     for opening in OPENINGS:
         for closing in CLOSINGS:
-            start, end = f"{opening} The answer is ", f". {closing}"
+            start, end = f"{opening} The result is ", f". {closing}"
             if text.startswith(start) and text.endswith(end):
                 return text[len(start) : -len(end)]
     return text
 
 
 @functools.cache
-def _library() -> dict[str, str]:
-    """Path of each module of the standard library -> its docstrings; a docstring that two modules share is the first's."""
+def _library() -> dict[Path, str]:
+    """Path of each module of the standard library -> its docstrings, none of them twice in the library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
     texts = {}
@@ -137,7 +143,7 @@ def _library() -> dict[str, str]:
         path = file.relative_to(root)
         if not _NO_TEXT & set(path.parts) and (new := [d for d in _docstrings(file) if d not in seen]):
             seen.update(new)
-            texts[path.as_posix()] = "\n\n".join(dict.fromkeys(new))
+            texts[path] = "\n\n".join(dict.fromkeys(new))
     return texts
 
 
@@ -154,7 +160,9 @@ def _docstrings(file: Path) -> list[str]:
 
 
 def _is_held_out(split: str) -> bool:
-    return {"train": False, "held_out": True}[split]
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split is {split!r}, must be train or held_out")
+    return split == "held_out"
 
 
 def _hash(text: str) -> int:

@@ -1,0 +1,124 @@
+"""A run that is killed goes on from its newest checkpoint to the same end, bit for bit, in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from engine import pipeline
+from engine.config import Config
+
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+STEPS = 5
+EVERY = 2
+
+PAIR = {"prompt": "the quick", "chosen": " brown fox", "rejected": " lazy dog"}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "pretrain": [{"text": f"the quick brown fox jumps over the lazy dog {i} times"} for i in range(12)],
+    "sft": [{"prompt": f"number {i}", "completion": "one two"[: 3 + i % 4]} for i in range(12)],
+    "preference": [PAIR | {"prompt": f"the quick {i}"} for i in range(12)],
+    "reward_model": [PAIR | {"prompt": f"the quick {i}"} for i in range(12)],
+    "distill": [{"prompt": f"number {i}"} for i in range(12)],
+    "rl": [{"prompt": f"number {i}"} for i in range(12)],
+}
+
+
+def configure(stage: str, folder: Path, tiny_model: Path, **more: Any) -> dict[str, Any]:
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[stage]))
+    raw: dict[str, Any] = {
+        "name": "killed",
+        "output_dir": str(folder),
+        "stage": stage,
+        "model": {"path": str(tiny_model)},
+        "data": {"train": str(rows), "evaluation": str(rows)},
+        "training": {"updates": STEPS, "rows_per_update": 4, "max_length": 64},
+        "policy": {"tokens_per_microbatch": 256},
+        "optimizer": {"learning_rate": 0.01, "schedule": "cosine", "warmup_updates": 1},
+        "checkpoint": {"every": EVERY, "keep": 1},
+    }
+    if stage in ("rl", "distill"):
+        raw["rollout"] = {"max_new_tokens": 8, "max_model_len": 64, "kv_cache_gib": 0.03}
+    if stage == "distill":
+        raw["distill"] = {"teacher": str(tiny_model)}
+    if stage == "rl":
+        (folder / "task.py").write_text("def e(sample):\n    return sample.completion.count('e') / 8\n")
+        raw["rewards"] = {"functions": [f"{folder / 'task.py'}:e"]}
+        raw["rl"] = {"steps": STEPS, "prompts_per_step": 4, "samples_per_prompt": 4}
+    return raw | more
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """All that was logged, without what measures time."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
+    """Run in a process of its own and kill it, with everything it started, once a checkpoint and a step more are there."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    run = Path(raw["output_dir"]) / raw["name"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine", "run", str(config)], env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not _has_passed_a_checkpoint(run):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def _has_passed_a_checkpoint(run: Path) -> bool:
+    if not list((run / "checkpoints").glob("step_*[0-9]")):
+        return False
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return max(steps) > EVERY
+
+
+VARIANTS = {
+    "pretrain": {},
+    "sft": {},
+    "sft, two ranks of ZeRO-2": {"policy": {"tokens_per_microbatch": 256, "ranks": 2, "zero_stage": 2}},
+    "preference": {},
+    "preference, kto": {"preference": {"loss": "kto"}},
+    "reward_model": {},
+    "distill": {},
+    "rl": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_ends_as_if_it_had_never_been_killed(variant, tiny_model, tmp_path):
+    stage = variant.split(",")[0]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    never_killed = pipeline.run(Config.model_validate(configure(stage, whole, tiny_model, **VARIANTS[variant])))
+
+    raw = configure(stage, killed, tiny_model, **VARIANTS[variant])
+    run_and_kill(raw, killed)
+    resumed = pipeline.run(Config.model_validate(raw))
+
+    assert metrics(killed / "killed") == metrics(whole / "killed")
+    assert (resumed.before, resumed.after) == (never_killed.before, never_killed.after)
+    ours, theirs = (load_file(result.model / "model.safetensors") for result in (resumed, never_killed))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    events = [json.loads(line) for line in (killed / "killed" / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "run_resumed"] in ([EVERY], [2 * EVERY])
