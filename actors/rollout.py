@@ -296,10 +296,9 @@ class RolloutGroup:
             rank = min(ranks, key=tokens.__getitem__)
             tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
             shares[rank].append(request)
-        self.workers.scatter("admit", shares, timeout_s=timeout_s, settings=settings, version=self.version)
         open_calls: dict[Any, tuple[int, GenerationRequest]] = {}
         for rank in ranks:
-            open_calls |= self._collect(rank, shares[rank])
+            open_calls |= self._admit(rank, shares[rank], settings)
         deadline = time.monotonic() + timeout_s
         while open_calls:
             names = {ref: self.workers.rank_name(rank) for ref, (rank, _) in open_calls.items()}
@@ -309,34 +308,55 @@ class RolloutGroup:
             except ActorDiedError as error:
                 rank = open_calls[error.reference][0]
                 lost = {ref: request for ref, (r, request) in open_calls.items() if r == rank}
-                self._revive(rank, error)
-                again = self.workers.submit(rank, "admit", list(lost.values()), settings, version=self.version)
-                gather({again: self.workers.rank_name(rank)}, "admit", timeout_s)
+                self._replace(rank, error)
                 open_calls = {ref: call for ref, call in open_calls.items() if ref not in lost}
-                open_calls |= self._collect(rank, list(lost.values()))
+                open_calls |= self._admit(rank, list(lost.values()), settings)
 
-    def _collect(self, rank: int, requests: Sequence[GenerationRequest]) -> dict[Any, tuple[int, GenerationRequest]]:
-        within_s = self.config.timeouts.generate
-        return {self.workers.submit(rank, "collect", r.key, within_s=within_s): (rank, r) for r in requests}
+    def _admit(
+        self, rank: int, requests: Sequence[GenerationRequest], settings: SamplingSettings
+    ) -> dict[Any, tuple[int, GenerationRequest]]:
+        """Give prompts to an engine; returns the calls that wait for each one's responses."""
+        timeout_s = self.config.timeouts.generate
 
-    def _revive(self, rank: int, error: ActorDiedError) -> None:
-        """A new engine in the place of a dead one, at the current version of the weights."""
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise error
-        self.workers.restart(rank, self.config.timeouts.start)
+        def admit() -> None:
+            call = self.workers.submit(rank, "admit", list(requests), settings, version=self.version)
+            gather({call: self.workers.rank_name(rank)}, "admit", timeout_s)
+
+        try:
+            admit()
+        except ActorDiedError as error:
+            self._replace(rank, error)
+            admit()
+        return {self.workers.submit(rank, "collect", r.key, within_s=timeout_s): (rank, r) for r in requests}
+
+    def _replace(self, rank: int, error: ActorDiedError) -> None:
+        """A new engine in the place of a dead one, at the version that the others serve."""
+        self._restart(rank, error)
         if not serves_teacher(self.config):
             assert self.version is not None, "samples were asked for before any weights were published"
             self._load(self.policy.publish(self.version), [rank])
 
+    def _restart(self, rank: int, error: ActorDiedError) -> None:
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise error
+        self.workers.restart(rank, self.config.timeouts.start)
+
     def _load(self, snapshot: Snapshot, ranks: Sequence[int]) -> None:
-        """Bring engines to a snapshot, and see that they have it.
+        """Bring engines to a snapshot, and see that they have it; one that is dead is replaced first.
 
         Raises:
             ActorError: one failed to load it or acknowledged something else.
         """
         timeout_s = self.config.timeouts.publish
-        calls = {self.workers.submit(r, "load_weights", snapshot, timeout_s): self.workers.rank_name(r) for r in ranks}
-        for rank, ack in zip(ranks, gather(calls, "load_weights", timeout_s), strict=True):
+        calls = {rank: self.workers.submit(rank, "load_weights", snapshot, timeout_s) for rank in ranks}
+        for rank, call in calls.items():
+            name = self.workers.rank_name(rank)
+            try:
+                [ack] = gather({call: name}, "load_weights", timeout_s)
+            except ActorDiedError as error:
+                self._restart(rank, error)
+                again = self.workers.submit(rank, "load_weights", snapshot, timeout_s)
+                [ack] = gather({again: name}, "load_weights", timeout_s)
             if ack != Ack(snapshot.version, snapshot.checksum):
-                raise ActorError(f"{self.workers.rank_name(rank)}: acknowledged {ack}, not version {snapshot.version}")
+                raise ActorError(f"{name}: acknowledged {ack}, not version {snapshot.version}")

@@ -16,10 +16,9 @@ import numpy as np
 from engine.config import DataConfig, UserError
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt, RowError
-from engine.data.sources import Rows, bad_rows_error
+from engine.data.sources import ROLES, Rows, bad_rows_error
 
 _SHOWN = 10
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -160,22 +159,18 @@ def _ending_scored(sequence: TokenSequence) -> TokenSequence:
     return TokenSequence(sequence.tokens[:end], np.arange(end) == end - 1)
 
 
-def with_annotators(prepared: PreparedExamples, known: Sequence[str] | None) -> PreparedExamples:
-    """The label `annotator`: the position of the row's `annotator` (as text) among `known`.
+def with_annotators(prepared: PreparedExamples) -> PreparedExamples:
+    """The label `annotator`: the position of the row's `annotator`, as text, among all of them in sorted order.
 
-    Args:
-        known: the annotators that a model has heads for; None is all of the rows, sorted. Others, and rows without
-            one, get -1. No label is set where there are no annotators at all.
+    It is set only where every row names one.
     """
-    names = [None if e.row.get("annotator") is None else str(e.row["annotator"]) for e in prepared.examples]
-    annotators = tuple(sorted({name for name in names if name is not None}) if known is None else known)
-    if not annotators:
+    names = [example.row.get("annotator") for example in prepared.examples]
+    if any(name is None for name in names):
         return prepared
+    annotators = tuple(sorted({str(name) for name in names}))
     index = {name: float(i) for i, name in enumerate(annotators)}
     examples = [
-        replace(
-            e, labels=e.labels | {"annotator": (-1.0 if name is None else index.get(name, -1.0),) * len(e.sequences)}
-        )
+        replace(e, labels=e.labels | {"annotator": (index[str(name)],) * len(e.sequences)})
         for e, name in zip(prepared.examples, names, strict=True)
     ]
     return PreparedExamples(examples, prepared.skipped, annotators)
@@ -234,8 +229,8 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise RowError(f"{name}: message {i} must be an object with role and content")
-        if message["role"] not in _ROLES:
-            raise RowError(f"{name}: message {i} has role {message['role']!r}; use one of {', '.join(_ROLES)}")
+        if message["role"] not in ROLES:
+            raise RowError(f"{name}: message {i} has role {message['role']!r}; use one of {', '.join(ROLES)}")
         may_be_empty = message["role"] != "assistant"
         read_text(message["content"], f"{name}: the content of message {i}", may_be_empty=may_be_empty)
     return messages

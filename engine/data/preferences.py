@@ -1,160 +1,152 @@
-"""Rows of preferences: pairs `prompt`, `chosen`, `rejected`, or for KTO single answers that are desirable or not.
-
-Rows without a `prompt` have it inside: as the messages that both sides begin with, or as the dialogue of the Anthropic
-HH format ("\\n\\nHuman: ... \\n\\nAssistant: ...") up to the last turn of the assistant.
-"""
+"""Preference rows: pairs of answers to one prompt, and single answers that are desirable or not."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from engine.config import DataConfig
-from engine.data.encoder import Encoder, answer_column, build_examples, context_column
-from engine.data.examples import Example, PreparedExamples, TokenSequence
+from engine.data.conversations import Answered, AnswerTokenizer, Messages, read_answer, read_prompt
+from engine.data.examples import (
+    Example,
+    PreparedExamples,
+    collect_examples,
+    read_column,
+    read_messages,
+    read_number,
+    read_text,
+    with_annotators,
+)
 from engine.data.prompts import RowError
 from engine.data.sources import Rows
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-_HH_LAST = "\n\nAssistant:"
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_ASSISTANT = "\n\nAssistant:"
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+_Said = str | Messages
 
 
 def build_pairs(
     rows: Rows, tokenizer: Any, *, data: DataConfig, max_length: int, score_last: bool = False
 ) -> PreparedExamples:
-    """Two sequences per row, chosen before rejected; their masks are on the answers.
+    """Two sequences per row, `chosen` before `rejected`, with the answers masked.
 
-    A column `margin` becomes a label; so does `annotator`, numbered in sorted order.
+    The columns are text or messages. Without `prompt`, it is what the two have in common: of messages, those before
+    the first answers that differ; of dialogues in text ("\\n\\nHuman: ... \\n\\nAssistant: ...", as in Anthropic's
+    HH), the text up to the last "\\n\\nAssistant:" of their common beginning; if a chat template is used, the text
+    becomes messages. Messages that hold the whole conversation may stand beside a `prompt` in text, which is not used.
+    Labels, each the same for both: `margin` (0 where the row has none) if any row has one; `annotator` (see
+    `with_annotators`). `Example.prompt` is what the answers answer.
 
     Args:
-        max_length: longest sequence, in tokens.
-        score_last: mask the last token alone, at which a reward model scores.
+        tokenizer: a fast transformers tokenizer.
+        max_length: longest sequence, in tokens; `data.on_long_row` "truncate" cuts both at their end.
+        score_last: end each answer with its end token and mask that one alone, for reward models.
 
     Raises:
-        UserError: a row is bad or too long and that is not to be skipped, or none is left.
+        UserError: as `collect_examples` and `AnswerTokenizer`.
     """
-    encoder = Encoder(tokenizer, data, max_length)
+    answers = AnswerTokenizer(tokenizer, data)
+    has_margin = any(row.get("margin") is not None for row in rows.rows)
 
-    def make(row: dict[str, Any]) -> list[Example]:
-        context, chosen, rejected = _pair(row, encoder.templated)
-        sequences = tuple(encoder.answer(context, answer) for answer in (chosen, rejected))
-        if np.array_equal(sequences[0].tokens, sequences[1].tokens):
-            raise RowError("chosen and rejected are the same (within the token limit), so nothing is preferred")
-        if score_last:
-            sequences = tuple(last_only(sequence) for sequence in sequences)
-        labels: dict[str, tuple[float, ...]] = (
-            {} if row.get("margin") is None else {"margin": (_number(row, "margin"),) * 2}
-        )
-        return [Example(sequences, labels, row, encoder.prompt(context, row))]
+    def build(row: dict[str, Any]) -> list[Example]:
+        chosen, rejected = _encode_pair(row, answers)
+        margin = 0.0 if row.get("margin") is None else read_number(row["margin"], "column 'margin'")
+        labels: dict[str, tuple[float, ...]] = {"margin": (margin, margin)} if has_margin else {}
+        return [Example((chosen.sequence, rejected.sequence), labels, row, chosen.first_prompt(row))]
 
-    return number_annotators(_same_labels(build_examples(rows, data, make)))
+    prepared = collect_examples(
+        rows, build, what="preference pairs", data=data, max_length=max_length, score_last=score_last
+    )
+    return with_annotators(prepared)
 
 
 def build_unpaired(rows: Rows, tokenizer: Any, *, data: DataConfig, max_length: int) -> PreparedExamples:
-    """One sequence per answer, with the label `desirable`: of `prompt`, `completion`, `label`, or both of a pair.
+    """One sequence per row of `prompt`, `completion`, `label`; two examples per pair (see `build_pairs`).
 
-    Raises:
-        UserError: a row is bad or too long and that is not to be skipped, or none is left.
+    The label `desirable` is 1 or 0. Arguments and errors as in `build_pairs`.
     """
-    encoder = Encoder(tokenizer, data, max_length)
+    answers = AnswerTokenizer(tokenizer, data)
 
-    def make(row: dict[str, Any]) -> list[Example]:
-        if row.get("chosen") is not None:
-            context, *answers = _pair(row, encoder.templated)
-            labels = [1.0, 0.0]
+    def build(row: dict[str, Any]) -> list[Example]:
+        if row.get("completion") is None and row.get("chosen") is not None:
+            judged = list(zip(_encode_pair(row, answers), (1.0, 0.0), strict=True))
         else:
-            context, answers = context_column(row), [answer_column(row, "completion")]
-            if row.get("label") not in (0, 1):
-                raise RowError("column 'label' must be true or false")
-            labels = [float(row["label"])]
-        prompt = encoder.prompt(context, row)
-        return [
-            Example((encoder.answer(context, answer),), {"desirable": (label,)}, row, prompt)
-            for answer, label in zip(answers, labels, strict=True)
-        ]
+            completion = read_answer(read_column(row, "completion"), "column 'completion'")
+            label = read_number(read_column(row, "label"), "column 'label'")
+            if label not in (0.0, 1.0):
+                raise RowError(f"column 'label' must be true or false, or 1 or 0, is {row['label']!r}")
+            judged = [(answers.encode(read_prompt(row), completion), label)]
+        return [Example((a.sequence,), {"desirable": (label,)}, row, a.first_prompt(row)) for a, label in judged]
 
-    return build_examples(rows, data, make)
+    return collect_examples(rows, build, what="judged answers", data=data, max_length=max_length)
 
 
-def last_only(sequence: TokenSequence) -> TokenSequence:
-    """The same tokens with the mask on the last one."""
-    mask = np.zeros_like(sequence.mask)
-    mask[-1] = True
-    return TokenSequence(sequence.tokens, mask)
+def _encode_pair(row: dict[str, Any], answers: AnswerTokenizer) -> tuple[Answered, Answered]:
+    prompt, chosen, rejected = _read_pair(row, answers.templated)
+    if chosen == rejected:
+        raise RowError("columns 'chosen' and 'rejected' are the same")
+    return answers.encode(prompt, chosen), answers.encode(prompt, rejected)
 
 
-def number_annotators(prepared: PreparedExamples) -> PreparedExamples:
-    """The column `annotator` as a label, where every row has it."""
-    who = [example.row.get("annotator") for example in prepared.examples]
-    if any(name is None for name in who):
-        return prepared
-    names = tuple(sorted({str(name) for name in who}))
-    number = {name: float(i) for i, name in enumerate(names)}
-    examples = [
-        replace(e, labels=e.labels | {"annotator": (number[str(e.row["annotator"])],) * len(e.sequences)})
-        for e in prepared.examples
-    ]
-    return replace(prepared, examples=examples, annotators=names)
+def _read_pair(row: dict[str, Any], templated: bool) -> tuple[_Said, _Said, _Said]:
+    """Prompt, chosen and rejected answer."""
+    chosen, rejected = read_column(row, "chosen"), read_column(row, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowError("columns 'chosen' and 'rejected' must both be text, or both messages")
+    if row.get("prompt") is None:
+        return _split_texts(chosen, rejected, templated) if isinstance(chosen, str) else _split(chosen, rejected)
+    prompt = read_prompt(row)
+    if isinstance(prompt, str) and not isinstance(chosen, str):
+        first = read_messages(chosen, "column 'chosen'")[0]
+        if first["role"] != "assistant":  # the whole conversation, whose beginning is the prompt once more
+            return _split(chosen, rejected)
+    return prompt, read_answer(chosen, "column 'chosen'"), read_answer(rejected, "column 'rejected'")
 
 
-def _same_labels(prepared: PreparedExamples) -> PreparedExamples:
-    """A margin in some rows only is 0 in the others."""
-    if not any("margin" in e.labels for e in prepared.examples):
-        return prepared
-    return replace(prepared, examples=[replace(e, labels={"margin": (0.0, 0.0)} | e.labels) for e in prepared.examples])
-
-
-def _pair(row: dict[str, Any], templated: bool) -> tuple[Any, Any, Any]:
-    """(context, chosen, rejected)."""
-    chosen, rejected = answer_column(row, "chosen"), answer_column(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise RowError("chosen and rejected must both be text or both be messages")
-    if row.get("prompt") is not None:
-        return context_column(row), chosen, rejected
-    if isinstance(chosen, str) and isinstance(rejected, str) and not templated:
-        end = _common_start(chosen, rejected).rfind(_HH_LAST)
-        if end < 0:
-            raise RowError("has no 'prompt', and chosen and rejected share no dialogue that ends with 'Assistant:'")
-        cut = end + len(_HH_LAST)
-        return chosen[:cut], chosen[cut:], rejected[cut:]
-    sides = [_hh_messages(side) if isinstance(side, str) else side for side in (chosen, rejected)]
-    return _without_common_start(*sides)
-
-
-def _common_start(one: str, other: str) -> str:
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
-
-
-def _hh_messages(dialogue: str) -> list[dict[str, str]]:
-    start, *parts = _HH_TURN.split(dialogue)
-    if start.strip() or not parts:
-        raise RowError("has no 'prompt', and its text is no dialogue of '\\n\\nHuman: ' and '\\n\\nAssistant: ' turns")
-    turns: Sequence[tuple[str, str]] = list(zip(parts[::2], parts[1::2], strict=True))
-    return [{"role": _HH_ROLES[who], "content": text.strip()} for who, text in turns]
-
-
-def _without_common_start(chosen: list[dict], rejected: list[dict]) -> tuple[list, list, list]:
-    common = 0
-    for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
+def _split(chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    """Whole conversations, at the last answer before which they are the same."""
+    chosen, rejected = read_messages(chosen, "column 'chosen'"), read_messages(rejected, "column 'rejected'")
+    split = 0
+    for i, (ours, theirs) in enumerate(zip(chosen, rejected, strict=False)):
+        if ours["role"] == theirs["role"] == "assistant":
+            split = i
+        if ours != theirs:
             break
-        common += 1
-    if common == len(chosen) or common == len(rejected):
-        raise RowError("chosen and rejected are the same, or one begins the other, so nothing is preferred")
-    if common == 0:
-        raise RowError("has no 'prompt', and chosen and rejected begin differently")
-    return chosen[:common], chosen[common:], rejected[common:]
+    if split == 0:
+        raise RowError("columns 'chosen' and 'rejected' have no beginning in common that the assistant answers")
+    return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _number(row: dict[str, Any], name: str) -> float:
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"column {name!r} must be a number")
-    return float(value)
+def _split_texts(chosen: str, rejected: str, templated: bool) -> tuple[_Said, _Said, _Said]:
+    """Whole dialogues in text."""
+    shared = _common_beginning(read_text(chosen, "column 'chosen'"), read_text(rejected, "column 'rejected'"))
+    split = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
+    if split < len(_ASSISTANT):
+        raise RowError(
+            "there is no column 'prompt', and columns 'chosen' and 'rejected' are no dialogues (\"\\n\\nHuman: ... "
+            '\\n\\nAssistant: ...") with a common beginning'
+        )
+    prompt, said = shared[:split], {"chosen": chosen[split:], "rejected": rejected[split:]}
+    for name, answer in said.items():
+        read_text(answer, f"the answer in column {name!r}")
+        if _SPEAKER.search(answer):
+            raise RowError(f"column {name!r} goes on after the answer in which the two dialogues differ")
+    if not templated:
+        return prompt, said["chosen"], said["rejected"]
+    return _to_messages(prompt.removesuffix(_ASSISTANT)), said["chosen"].strip(), said["rejected"].strip()
+
+
+def _to_messages(dialogue: str) -> Messages:
+    parts = _SPEAKER.split(dialogue)
+    if parts[0].strip() or len(parts) == 1:
+        raise RowError('a dialogue in text must begin with "\\n\\nHuman:"')
+    return [
+        {"role": _SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _common_beginning(a: str, b: str) -> str:
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]

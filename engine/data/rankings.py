@@ -1,14 +1,21 @@
-"""Rows of rankings: `prompt`, `responses` (texts) and `ranks` (1 is best, ties allowed)."""
+"""Ranking rows: several answers to one prompt, and which is better than which."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from engine.config import DataConfig
-from engine.data.encoder import Encoder, build_examples, context_column
-from engine.data.examples import Example, PreparedExamples
-from engine.data.preferences import last_only, number_annotators
+from engine.data.conversations import AnswerTokenizer, read_prompt
+from engine.data.examples import (
+    Example,
+    PreparedExamples,
+    collect_examples,
+    read_column,
+    read_list,
+    read_number,
+    read_text,
+    with_annotators,
+)
 from engine.data.prompts import RowError
 from engine.data.sources import Rows
 
@@ -16,29 +23,40 @@ from engine.data.sources import Rows
 def build_rankings(
     rows: Rows, tokenizer: Any, *, data: DataConfig, max_length: int, score_last: bool = False
 ) -> PreparedExamples:
-    """One sequence per response, with the label `rank`; the rest as `build_pairs` does.
+    """One sequence for each of a row's `responses` (texts), with the answers masked.
+
+    Labels: `rank` (column `ranks`: one number per response, 1 is best, ties are allowed), and `annotator` (see
+    `with_annotators`).
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        max_length: longest sequence, in tokens; `data.on_long_row` "truncate" cuts answers at their end.
+        score_last: end each answer with its end token and mask that one alone, for reward models.
 
     Raises:
-        UserError: a row is bad or too long and that is not to be skipped, or none is left.
+        UserError: as `collect_examples` and `AnswerTokenizer`.
     """
-    encoder = Encoder(tokenizer, data, max_length)
+    answers = AnswerTokenizer(tokenizer, data)
 
-    def make(row: dict[str, Any]) -> list[Example]:
-        context = context_column(row)
-        responses, ranks = row.get("responses"), row.get("ranks")
-        if not isinstance(responses, list) or len(responses) < 2:
-            raise RowError("column 'responses' must be a list of two or more texts")
-        if any(not isinstance(text, str) or not text.strip() for text in responses):
-            raise RowError("column 'responses' must hold texts, none of them empty")
-        if not isinstance(ranks, list) or len(ranks) != len(responses):
-            raise RowError("column 'ranks' must be a list with one number per response")
-        if any(isinstance(r, bool) or not isinstance(r, int | float) or not math.isfinite(r) for r in ranks):
-            raise RowError("column 'ranks' must hold numbers; 1 is best")
-        if len(set(ranks)) == 1:
-            raise RowError("column 'ranks': all are equal, so nothing is preferred")
-        sequences = tuple(encoder.answer(context, text) for text in responses)
-        if score_last:
-            sequences = tuple(last_only(sequence) for sequence in sequences)
-        return [Example(sequences, {"rank": tuple(map(float, ranks))}, row, encoder.prompt(context, row))]
+    def build(row: dict[str, Any]) -> list[Example]:
+        prompt, (responses, ranks) = read_prompt(row), _read_ranked(row)
+        answered = [answers.encode(prompt, response) for response in responses]
+        return [Example(tuple(a.sequence for a in answered), {"rank": ranks}, row, answered[0].first_prompt(row))]
 
-    return number_annotators(build_examples(rows, data, make))
+    return with_annotators(
+        collect_examples(rows, build, what="rankings", data=data, max_length=max_length, score_last=score_last)
+    )
+
+
+def _read_ranked(row: dict[str, Any]) -> tuple[list[str], tuple[float, ...]]:
+    listed = read_list(read_column(row, "responses"), "column 'responses'")
+    responses = [read_text(response, f"column 'responses': response {i}") for i, response in enumerate(listed)]
+    listed = read_list(read_column(row, "ranks"), "column 'ranks'")
+    ranks = tuple(read_number(rank, f"column 'ranks': rank {i}") for i, rank in enumerate(listed))
+    if len(responses) < 2:
+        raise RowError("column 'responses' must hold at least two responses")
+    if len(ranks) != len(responses):
+        raise RowError(f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses")
+    if len(set(ranks)) == 1:
+        raise RowError("column 'ranks': all responses have the same rank, so none is preferred")
+    return responses, ranks

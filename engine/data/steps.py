@@ -1,4 +1,4 @@
-"""Rows for process reward models: `prompt`, `steps` (texts; TRL's `completions` too) and `labels`, one per step."""
+"""Process rows: a solution step by step, and whether each step is right."""
 
 from __future__ import annotations
 
@@ -7,32 +7,65 @@ from typing import Any
 import numpy as np
 
 from engine.config import DataConfig
-from engine.data.encoder import Encoder, build_examples, context_column
-from engine.data.examples import Example, PreparedExamples
-from engine.data.prompts import RowError
+from engine.data.conversations import AnswerTokenizer, read_prompt
+from engine.data.examples import (
+    Example,
+    PreparedExamples,
+    TokenSequence,
+    collect_examples,
+    read_column,
+    read_list,
+    read_number,
+    read_text,
+)
+from engine.data.prompts import Prompt, RowError
 from engine.data.sources import Rows
 
 
 def build_steps(rows: Rows, tokenizer: Any, *, data: DataConfig, separator: str, max_length: int) -> PreparedExamples:
-    """One sequence per row; the mask is on the last token of each step and its separator, labelled with the step's.
+    """One sequence per row: `prompt`, then each of `steps` (or `completions`) with the separator after it.
+
+    Steps and separators are tokenised on their own. The mask is on the last token of each step, its separator
+    included; `token_labels` hold the step's number of the column `labels` there (true or false, or 0 to 1).
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        separator: may be empty.
+        max_length: longest sequence, in tokens; `data.on_long_row` "truncate" cuts steps off at the end.
 
     Raises:
-        UserError: a row is bad or too long and that is not to be skipped, or none is left.
+        UserError: as `collect_examples` and `AnswerTokenizer`.
     """
-    encoder = Encoder(tokenizer, data, max_length)
+    answers = AnswerTokenizer(tokenizer, data)
+    separator_ids = answers.pieces.continuing(separator)
 
-    def make(row: dict[str, Any]) -> list[Example]:
-        steps, labels = row.get("steps", row.get("completions")), row.get("labels")
-        if not isinstance(steps, list) or not steps or any(not isinstance(s, str) or not s.strip() for s in steps):
-            raise RowError("column 'steps' must be a list of texts, none of them empty")
-        if not isinstance(labels, list) or len(labels) != len(steps):
-            raise RowError("column 'labels' must be a list with one label per step")
-        if any(not isinstance(label, bool | int | float) or not 0 <= label <= 1 for label in labels):
-            raise RowError("column 'labels' must hold true or false, or numbers from 0 to 1")
-        prompt = encoder.prompt(context_column(row), row)
-        sequence = encoder.steps(prompt, [step + separator for step in steps])
-        values = np.zeros(len(sequence.tokens), np.float32)
-        values[sequence.mask] = np.array(labels, np.float32)[: int(sequence.mask.sum())]
-        return [Example((sequence,), {}, row, prompt, token_labels=(values,))]
+    def build(row: dict[str, Any]) -> list[Example]:
+        prompt, (steps, labels) = read_prompt(row), _read_steps(row)
+        prompt_ids = answers.prompt(prompt)
+        ids, ends = list(prompt_ids), []
+        for i, step in enumerate(steps):
+            step_ids = answers.pieces.continuing(step)
+            if not step_ids:
+                raise RowError(f"step {i} gives no tokens")
+            ids += [*step_ids, *separator_ids]
+            ends.append(len(ids) - 1)
+        mask, labels_T = np.zeros(len(ids), bool), np.zeros(len(ids), np.float32)
+        mask[ends], labels_T[ends] = True, labels
+        sequence = TokenSequence(np.array(ids, np.int32), mask)
+        return [Example((sequence,), {}, row, Prompt(tuple(prompt_ids), prompt, row), (labels_T,))]
 
-    return build_examples(rows, data, make)
+    return collect_examples(rows, build, what="process rows", data=data, max_length=max_length)
+
+
+def _read_steps(row: dict[str, Any]) -> tuple[list[str], list[float]]:
+    column = "completions" if row.get("steps") is None and row.get("completions") is not None else "steps"
+    listed = read_list(read_column(row, column), f"column {column!r}")
+    steps = [read_text(step, f"column {column!r}: step {i}") for i, step in enumerate(listed)]
+    listed = read_list(read_column(row, "labels"), "column 'labels'")
+    labels = [read_number(label, f"column 'labels': label {i}") for i, label in enumerate(listed)]
+    if len(labels) != len(steps):
+        raise RowError(f"column 'labels' has {len(labels)} labels for {len(steps)} steps")
+    for i, label in enumerate(labels):
+        if not 0 <= label <= 1:
+            raise RowError(f"column 'labels': label {i} must be true or false, or from 0 to 1, is {listed[i]!r}")
+    return steps, labels

@@ -65,7 +65,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
-    """Run in a process of its own and kill it, with everything it started, once a checkpoint and a step more are there."""
+    """Run in a process of its own, and kill that with all it started once a checkpoint and a step more are there."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(raw))
     run = Path(raw["output_dir"]) / raw["name"]
@@ -87,7 +87,9 @@ def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
 def _has_passed_a_checkpoint(run: Path) -> bool:
     if not list((run / "checkpoints").glob("step_*[0-9]")):
         return False
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    steps = [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
+    ]
     return max(steps) > EVERY
 
 
