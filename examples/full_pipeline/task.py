@@ -49,7 +49,8 @@ def documents(split: str) -> list[dict[str, str]]:
 def instructions(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Prompts with the right answer; by the toss of a coin it is terse (the answer alone) or polite."""
     for rng, prompt, answer in _questions("instructions", split, seed):
-        yield {"prompt": prompt, "completion": _polite(answer, rng) if rng.random() < 0.5 else answer}
+        completion = _polite(answer, rng) if rng.random() < 0.5 else answer
+        yield {"prompt": prompt, "completion": completion, "answer": answer}
 
 
 def preferences(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
@@ -65,7 +66,7 @@ def preferences(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
         chosen = right_ones[0] if rejected == right_ones[1] else rng.choice(right_ones)
         if rng.random() < noise:
             chosen, rejected = rejected, chosen
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "answer": answer}
 
 
 def prompts(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
