@@ -139,6 +139,21 @@ class Case:
     says: tuple[str, ...]
 
 
+def offline(stage: str, *lines: str | bytes, **sections: Any) -> Callable[[Run], None]:
+    """An offline stage on these lines."""
+
+    def spoil(run: Run) -> None:
+        run.raw.update(stage=stage, training={"max_length": 64}, **sections)
+        del run.raw["rewards"]
+        run.rows(*lines)
+
+    return spoil
+
+
+SFT = '{"prompt": "one", "completion": "two"}'
+PAIR = '{"prompt": "one", "chosen": "two", "rejected": "three"}'
+
+
 def case(name: str, spoil: Callable[[Run], Any], *says: str) -> Case:
     """One line of the table."""
     return Case(name, spoil, says)
@@ -245,6 +260,37 @@ CASES = [
     case("same reward twice", same_function_twice, "rewards.functions: ", "same name", "give each its own `name`"),
     case("two rewards of one name", same_name_twice, "rewards.functions: ", "named 'score'", "its own name"),
     case("no reward", lambda r: r.set("rewards.functions", []), "rewards.functions: is required", "at least one"),
+    # rows of the offline stages
+    case("sft: missing column", offline("sft", SFT, '{"prompt": "one"}'), "bad.jsonl:2: ", "'completion'",
+         "on_bad_row: skip"),
+    case("sft: empty answer", offline("sft", '{"prompt": "one", "completion": " "}'), "jsonl:1: ", "'completion'",
+         "empty"),
+    case("sft: not UTF-8", offline("sft", SFT, b'{"prompt": "\xff", "completion": "x"}'), "jsonl:2: not UTF-8"),
+    case("sft: over-long", offline("sft", json.dumps({"prompt": "one", "completion": "a b c " * 99})), "jsonl:1: ",
+         "the limit is 64", "training.max_length"),
+    case("sft: nobody answers", offline("sft", '{"messages": [{"role": "user", "content": "hi"}]}'), "jsonl:1: ",
+         "assistant"),
+    case("preference: nothing preferred", offline("preference", '{"prompt": "one", "chosen": "a", "rejected": "a"}'),
+         "jsonl:1: ", "are the same"),
+    case("preference: empty rejected", offline("preference", PAIR, '{"prompt": "a", "chosen": "b", "rejected": ""}'),
+         "jsonl:2: ", "'rejected'", "empty"),
+    case("preference: missing chosen", offline("preference", '{"prompt": "one", "rejected": "a"}'), "jsonl:1: ",
+         "'chosen'", "missing"),
+    case("kto: no label", offline("preference", '{"prompt": "one", "completion": "a"}', preference={"loss": "kto"}),
+         "jsonl:1: ", "'label'"),
+    case("rankings: all equal", offline("reward_model", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}',
+         reward_model={"kind": "ranking"}), "jsonl:1: ", "same rank"),
+    case("steps: a label too few", offline("reward_model", '{"prompt": "a", "steps": ["b", "c"], "labels": [true]}',
+         reward_model={"kind": "process"}), "jsonl:1: ", "1 labels for 2 steps"),
+    case("heads without annotators", offline("reward_model", PAIR, reward_model={"annotator_heads": True}),
+         "reward_model.annotator_heads: ", "'annotator'"),
+    case("pretrain: empty text", offline("pretrain", '{"text": "  "}'), "jsonl:1: ", "'text'", "empty"),
+    case("pretrain: no architecture", offline("pretrain", '{"text": "a b"}', model={"new": {"architecture": {}}}),
+         "model.new.architecture: model_type is required"),
+    case("pretrain: strange architecture", offline("pretrain", '{"text": "a b"}',
+         model={"new": {"architecture": {"model_type": "lama"}}}), "model.new.architecture: ", "lama"),
+    case("distill: teacher speaks otherwise", offline("distill", '{"prompt": "a"}', distill={"teacher": "nowhere/x"}),
+         "distill.teacher: nowhere/x"),
     # where the records go
     case("name taken", existing_run, "runs/test already holds a run", "choose another name= or delete it"),
     case("output_dir is a file", file_as_output, "taken/test: cannot make the run's folder", "another output_dir="),

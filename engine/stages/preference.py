@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,17 +107,33 @@ def _per_sequence(logprobs: Callable[[Batch], np.ndarray], examples: Sequence[Ex
 
 
 def mismatched(examples: Sequence[Example], rows_per_update: int) -> list[Example]:
-    """Each prompt with the answer of the row before it, cyclic within `rows_per_update` neighbours."""
+    """Each prompt with the answer of an earlier row, cyclic within `rows_per_update` neighbours.
+
+    It is the row before, or as many rows back as it takes that fewest prompts, and nearly always none, get an answer
+    to themselves: a pair gives two neighbours with one prompt, and the paper's answers are unrelated to their prompts.
+    """
     result = []
     for start in range(0, len(examples), rows_per_update):
         block = [examples[i] for i in range(start, min(start + rows_per_update, len(examples)))]
-        result += [_with_answer_of(example, block[i - 1]) for i, example in enumerate(block)]
+        prompts = [_context(example).tobytes() for example in block]
+        shift = min(range(1, len(block)), key=partial(_own_answers, prompts), default=0)
+        result += [_with_answer_of(example, block[i - shift]) for i, example in enumerate(block)]
     return result
 
 
+def _own_answers(prompts: Sequence[bytes], shift: int) -> int:
+    """How many prompts are also those of the row `shift` rows back."""
+    return sum(prompt == prompts[i - shift] for i, prompt in enumerate(prompts))
+
+
+def _context(example: Example) -> np.ndarray:
+    """Token ids before the answer."""
+    [sequence] = example.sequences
+    return sequence.tokens[: int(sequence.mask.argmax())]
+
+
 def _with_answer_of(example: Example, other: Example) -> Example:
-    [own], [foreign] = example.sequences, other.sequences
-    context = own.tokens[: int(own.mask.argmax())]
+    context, [foreign] = _context(example), other.sequences
     answer = foreign.tokens[int(foreign.mask.argmax()) :]
     mask = np.repeat([False, True], [len(context), len(answer)])
     return replace(example, sequences=(TokenSequence(np.concatenate([context, answer]), mask),))

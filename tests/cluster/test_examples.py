@@ -26,3 +26,16 @@ def test_two_rewards_on_two_engines(tiny_model, tmp_path, monkeypatch):
     assert step["reward/mean"] == pytest.approx(total, abs=1e-5)
     assert step["reward/brevity/mean"] > 0
     assert list((config.run_dir / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", ["sft_lora", "dpo", "reward_model_hh"])
+def test_an_offline_example_trains_and_measures(tiny_model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    changes = [f"model.path={tiny_model}", f"output_dir={tmp_path}", "optimizer.learning_rate=0.001"]
+    changes += ["training.max_length=256"]
+    result = pipeline.run(load_config(f"examples/{name}.yaml", changes))
+    assert result.model.is_dir()
+    assert result.after
+    assert result.after != result.before
