@@ -27,6 +27,8 @@ from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
 
+PREFILL_TOKENS = 4096
+"""Tokens that an engine on the CPU takes in one step."""
 MAX_RESTARTS = 3
 """Engines that a run replaces; the next death ends it."""
 
@@ -95,7 +97,11 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     elif not serves_teacher(config):
         arguments |= {"load_format": "dummy"}  # the first published version brings the weights
     if config.device == "cpu":
+        # A prompt is prefilled whole: after a part of one, vLLM winds a seeded sample's generator back, and those of the
+        # CPU cannot.
+        budget = max(rollout.max_model_len, PREFILL_TOKENS)
         arguments |= {"enforce_eager": True, "block_size": 32}
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
     return arguments
 
 

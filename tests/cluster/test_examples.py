@@ -39,3 +39,17 @@ def test_an_offline_example_trains_and_measures(tiny_model, tmp_path, monkeypatc
     assert result.model.is_dir()
     assert result.after
     assert result.after != result.before
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_session")
+def test_the_full_pipeline_goes_through_all_its_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stages = ("pretrain", "sft", "reward_model", "preference")
+    changes = [f"output_dir={tmp_path}", "evaluation.prompts=8", *(f"stages.{s}.training.updates=2" for s in stages)]
+    changes += ["stages.rl.rl.steps=1", "stages.rl.rl.prompts_per_step=4", "policy.threads=1", "rollout.threads=1"]
+    config = load_config("examples/full_pipeline.yaml", changes)
+    result = pipeline.run(config)
+    assert result.model == (tmp_path / "full-pipeline" / "rl" / "model").absolute()
+    assert {folder.name for folder in config.run_dir.iterdir()} == {*stages, "rl"}
+    assert all((config.run_dir / stage / "model" / "model.safetensors").is_file() for stage in (*stages, "rl"))

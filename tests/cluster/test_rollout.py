@@ -36,6 +36,7 @@ def configure(model, tmp_path, engines: int) -> Config:
                 "max_new_tokens": 8,
                 "max_model_len": 64,
                 "kv_cache_gib": 0.03,
+                "concurrent_samples": 128,
             },
         }
     )
@@ -80,6 +81,13 @@ def test_log_probs_follow_the_sampling_temperature(workers):
 def test_the_same_seeds_give_the_same_responses_on_either_engine(workers):
     assert (generate(workers).tokens == generate(workers).tokens).all()
     assert not np.array_equal(generate(workers).tokens, generate(workers, seeds=(4, 5, 6)).tokens)
+
+
+def test_more_prompt_tokens_than_one_engine_step_takes(workers):
+    long = tuple(range(40, 90))
+    requests = [GenerationRequest(key, (5 + key, *long), (key,)) for key in range(220)]
+    answers = dict(workers.sampling.rollouts.generate(requests, SETTINGS))
+    assert sorted(answers) == list(range(220))
 
 
 def test_prompts_are_shared_between_the_engines(workers, monkeypatch):
