@@ -7,6 +7,7 @@ metrics of rank 0           <-------      metrics reduced over ranks
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,7 +76,7 @@ class Stats:
         )
 
 
-class TrainedActor:
+class TrainedActor(ABC):
     """One rank of a trained model. Subclasses say what is trained (`make`) and on what loss (`loss`)."""
 
     def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
@@ -88,17 +89,17 @@ class TrainedActor:
         """Join the process group and load the model."""
         self.trainer = Trainer(self.config, self.info, self.make, self.updates)
 
+    @abstractmethod
     def make(self) -> Trainable:
         """The model, its adapter, and the module that the engine runs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_stats(self) -> Stats:
         """Names of the metrics that `loss` reports."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """This micro-batch's share of the global loss; of an empty batch 0, after the same forward pass."""
-        raise NotImplementedError
 
     def hidden_size(self) -> int:
         """Width of the model, for the cost of a sample."""

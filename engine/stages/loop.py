@@ -40,10 +40,10 @@ class Result:
                 continue
             error = self.after.get(f"{name}_se")
             after = _shown(value, error)
-            if name not in self.before:
+            start = self.before.get(name, value)
+            if start == value:
                 lines.append(f"held-out {name.removeprefix('eval/')}: {after}")
                 continue
-            start = self.before[name]
             start_error = self.before.get(f"{name}_se")
             line = f"held-out {name.removeprefix('eval/')}: {_shown(start, start_error)} -> {after}"
             if error is not None and start_error is not None and error + start_error > 0:

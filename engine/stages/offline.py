@@ -7,6 +7,7 @@ A stage says what a batch of rows is and what is measured on held-out ones.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
 
 
-class OfflineStage:
+class OfflineStage(ABC):
     """Passes over rows. Subclasses change what an update sees (`batch`) and what is measured (`measure`)."""
 
     def __init__(self, config: Config, workers: Workers, tracker: Tracker, plan: Plan, trained: Trained) -> None:
@@ -62,9 +63,9 @@ class OfflineStage:
         """What an update on these rows sees."""
         return to_batch([self.train[row] for row in rows])
 
+    @abstractmethod
     def measure(self, step: int) -> dict[str, float]:
         """`eval/...` of the held-out rows."""
-        raise NotImplementedError
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out rows, and where reward functions are given, answers to their prompts."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from safetensors.torch import load_file
 
@@ -65,11 +66,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
-    """Run in a process of its own, and kill that with all it started once a checkpoint and a step more are there."""
+    """Run as a job on the session's cluster, and kill that once a checkpoint and a step more are there."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(raw))
     run = Path(raw["output_dir"]) / raw["name"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = subprocess.Popen(
         [sys.executable, "-m", "engine", "run", str(config)], env=environment, start_new_session=True
     )
