@@ -97,8 +97,8 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     elif not serves_teacher(config):
         arguments |= {"load_format": "dummy"}  # the first published version brings the weights
     if config.device == "cpu":
-        # A prompt is prefilled whole: after a part of one, vLLM winds a seeded sample's generator back, and those of the
-        # CPU cannot.
+        # A prompt is prefilled whole: after a part of one, vLLM winds a seeded sample's generator back, and the CPU's
+        # cannot be.
         budget = max(rollout.max_model_len, PREFILL_TOKENS)
         arguments |= {"enforce_eager": True, "block_size": 32}
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}

@@ -38,7 +38,7 @@ from engine.tracking.tracker import Tracker
 
 CLEAN_UP_S = 15.0
 """An interrupted run ends within this time."""
-_OFFLINE = {
+_OFFLINE: dict[str, Callable[[Config, Workers, Tracker, Plan], Stage]] = {
     "pretrain": PretrainStage,
     "sft": SFTStage,
     "reward_model": RewardModelStage,

@@ -41,7 +41,7 @@ class OfflineStage(ABC):
         self.watch = Stopwatch()
         self._rows_left = plan.rows
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:  # noqa: B027, most stages have nothing to make ready
         """Nothing needs to be ready before the first update."""
 
     def step(self, step: int) -> dict[str, float]:
