@@ -158,7 +158,7 @@ def _finished(config: Config) -> Result | None:
     if config.resume == "never" or not config.run_dir.is_dir():
         return None
     record = config.run_dir / "config.yaml"
-    if record.is_file():
+    if record.is_file() and _has_measured(config.run_dir):
         old = yaml.safe_load(record.read_text(encoding="utf-8"))
         changed = changed_settings(old, redact(config.model_dump(mode="json")))
         if changed:
@@ -233,6 +233,12 @@ def _resume_step(config: Config, resumed: Checkpoint | None) -> int | None:
         return resumed.step
     begun = config.resume == "auto" and (config.run_dir / "config.yaml").is_file()
     return -1 if begun else None
+
+
+def _has_measured(folder: Path) -> bool:
+    """Whether a run has recorded anything there that could be missed."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def _note_start(
