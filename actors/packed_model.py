@@ -264,9 +264,15 @@ class DivergenceHead(nn.Module):
         teacher_hidden_T: torch.Tensor,
         teacher_weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [R, H] of both -> (divergence [R], entropy [R])."""
+        """Hidden states [R, H] of both -> (divergence [R], entropy [R]). Rows that pad one embedding are left out."""
+        rows = min(len(self.weight), len(teacher_weight))
         divergence_T = chunked_generalized_jsd(
-            hidden_T, self.weight, teacher_hidden_T, teacher_weight, beta=self.beta, temperature=self.temperature
+            hidden_T,
+            self.weight[:rows],
+            teacher_hidden_T,
+            teacher_weight[:rows],
+            beta=self.beta,
+            temperature=self.temperature,
         )
         with torch.no_grad():
             _, entropy_T = token_logprobs(hidden_T, self.weight, targets_T, temperature=self.temperature)

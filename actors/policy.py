@@ -14,7 +14,7 @@ from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, P
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
 from actors.weights import Snapshot, publish
-from engine.algorithms.logprobs import greedy_hits
+from engine.algorithms.logprobs import greedy_hits, token_logprobs
 from engine.config import Config
 from engine.data.batch import Batch
 
@@ -75,12 +75,14 @@ class PolicyActor(TrainedActor):
     def predictions(self, microbatches: Sequence[Batch]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of the trained tokens: (log-prob [R] float32, whether it is the likeliest [R] float32) per micro-batch."""
         self.trainer.engine.eval()
+        weight = self.log_probs.head.weight
         results = []
         for batch in microbatches:
             row = PackedRow.of(batch, self.trainer.device)
             hidden = self.log_probs.packed(row)[row.predictors]
-            logp_R, _ = self.log_probs.head(hidden, row.targets)
-            hits_R = greedy_hits(hidden, self.log_probs.head.weight, row.targets)
+            with self.trainer.gathered([weight]):
+                logp_R, _ = token_logprobs(hidden, weight, row.targets)  # at temperature 1, whatever is trained at
+                hits_R = greedy_hits(hidden, weight, row.targets)
             results.append((logp_R.float().cpu().numpy(), hits_R.float().cpu().numpy()))
         return results
 

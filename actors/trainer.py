@@ -158,20 +158,21 @@ class Trainer:
         With ZeRO-3 a collective: run it on all ranks.
         """
         if self.adapter is not None:
-            with self._gathered(list(self.model.parameters())):
+            with self.gathered(list(self.model.parameters())):
                 yield from self.adapter.merged_weights()
             return
         for name, parameter in self.model.named_parameters():
-            with self._gathered([parameter]):
+            with self.gathered([parameter]):
                 yield name, parameter.detach()
 
     def adapter_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The adapter's tensors under peft's names. With ZeRO-3 a collective: run it on all ranks."""
         assert self.adapter is not None
-        with self._gathered([p for p in self.model.parameters() if p.requires_grad]):
+        with self.gathered([p for p in self.model.parameters() if p.requires_grad]):
             yield from self.adapter.adapter_weights()
 
-    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """A block in which these parameters are whole. With ZeRO-3 a collective: run it on all ranks."""
         return self._gather(parameters) if self._gather else nullcontext()
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
@@ -182,7 +183,7 @@ class Trainer:
         """
         alone = self.adapter is not None and self.config.model.export == "adapter"
         weights = {name: tensor.cpu().clone() for name, tensor in ([] if alone else self.named_weights())}
-        with self._gathered(list(self.model.parameters()) if alone else []):
+        with self.gathered(list(self.model.parameters()) if alone else []):
             if self.info.rank == 0:
                 self._write(folder, weights, record)
         dist.barrier()

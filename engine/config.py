@@ -27,6 +27,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run or a stage may be called: it names a folder."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -436,7 +438,7 @@ Stage = Literal["pretrain", "sft", "reward_model", "preference", "distill", "rl"
 class Config(Section):
     """A run of one stage."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=NAME_PATTERN)
     """Names the folder `output_dir/name` and the wandb run."""
     output_dir: Folder = Path("runs")
     """Where run folders are made."""
@@ -565,6 +567,10 @@ class Config(Section):
                 "optimizer.betas: both must be in [0, 1), for instance [0.9, 0.95]",
             ),
             (
+                self.stage == "preference" and self.preference.loss == "kto" and self.training.rows_per_update < 2,
+                "training.rows_per_update: KTO compares answers with those of other rows; set it to 2 or more",
+            ),
+            (
                 self.preference.label_smoothing > 0 and self.preference.loss not in ("sigmoid", "robust"),
                 f"preference.label_smoothing: has no meaning for {self.preference.loss}; set it to 0",
             ),
@@ -648,7 +654,8 @@ class Config(Section):
         """Whether engines run: to learn from their samples, or to score answers to held-out prompts."""
         if self.stage == "reward_model":
             return False
-        return self.stage in ("rl", "distill") or bool(self.rewards.functions)
+        scores_answers = bool(self.rewards.functions) and self.data.evaluation is not None
+        return self.stage in ("rl", "distill") or (self.stage != "pretrain" and scores_answers)
 
     @property
     def trains_adapter(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.config import Config, ConfigError
+from engine.config import NAME_PATTERN, Config, ConfigError
 
 STAGE_PREFIX = "stage:"
 """`stage:sft`, as a model's path, is the model that the stage named sft ended with."""
@@ -79,6 +80,8 @@ def _pipeline(raw: dict[str, Any], problems: list[str]) -> PipelineConfig | None
         return None
     folder = Config.model_fields["output_dir"].default
     named = {"name": raw.get("name", "run"), "output_dir": raw.get("output_dir", str(folder))}
+    if not (isinstance(named["name"], str) and re.fullmatch(NAME_PATTERN, named["name"])):
+        problems.append(f"name: {named['name']!r} must be letters, digits, '.', '_' and '-', a letter or digit first")
     stages: dict[str, Config] = {}
     for name, entry in entries.items():
         if entry is not None and not isinstance(entry, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from pathlib import Path
@@ -150,7 +151,16 @@ def _architecture(new: NewModelConfig, tokenizer: Any) -> Any:
     if kind is None:
         raise UserError("model.new.architecture: model_type is required, for instance llama")
     try:
+        known = AutoConfig.for_model(kind).to_dict()
+        if unknown := sorted(set(fields) - set(known) - set(tokens)):
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            raise UserError(
+                f"model.new.architecture.{unknown[0]}: {kind} has no such field"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises several kinds here
         why = " ".join(str(error).split())[:300]
         raise UserError(f"model.new.architecture: transformers does not take it: {why}") from None

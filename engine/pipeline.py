@@ -62,11 +62,16 @@ def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Re
         ActorError: a worker failed, or missed a deadline.
     """
     stages = dict(config.stages) if isinstance(config, PipelineConfig) else {config.name: config}
-    if start_from is not None:
-        _start_from(config, stages, start_from)
+    moved = [] if start_from is None else _start_from(config, stages, start_from)
     results = {name: result for name, stage in stages.items() if (result := _finished(stage)) is not None}
     missing = [name for name in stages if name not in results]
-    plans = _preflight(stages, missing)
+    _check_order(stages, missing)
+    try:
+        plans = _preflight(stages, missing)
+    except BaseException:
+        for folder, aside in moved:
+            aside.rename(folder)
+        raise
     with contextlib.ExitStack() as stack:
         connect = _once(lambda: stack.enter_context(_cluster([stages[name] for name in missing])))
         for name, stage in stages.items():
@@ -125,8 +130,24 @@ def _undone_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def _start_from(config: Config | PipelineConfig, stages: Mapping[str, Config], name: str) -> None:
-    """Move aside what this stage and the later ones have made.
+def _check_order(stages: Mapping[str, Config], missing: list[str]) -> None:
+    """A finished stage whose predecessor is to be trained anew would keep a model made from another.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, stage in stages.items():
+        for path in (stage.model.path, stage.distill.teacher):
+            source = path.removeprefix(STAGE_PREFIX)
+            if source != path and source in missing and name not in missing:
+                raise UserError(
+                    f"stage {name} is finished, but {source}, which it starts from, is not; use --from {source} to "
+                    "train it and what follows anew"
+                )
+
+
+def _start_from(config: Config | PipelineConfig, stages: Mapping[str, Config], name: str) -> list[tuple[Path, Path]]:
+    """Move aside what this stage and the later ones have made; returns (folder, where it is now), the last first.
 
     Raises:
         UserError: there is no such stage, or an earlier one is not finished.
@@ -140,13 +161,16 @@ def _start_from(config: Config | PipelineConfig, stages: Mapping[str, Config], n
             raise UserError(
                 f"--from {name}: the earlier stage {earlier} is not finished; start from it, or leave --from out"
             )
-    for later in names[names.index(name) :]:
+    moved = []
+    for later in reversed(names[names.index(name) :]):
         folder = stages[later].run_dir
         if folder.exists():
             number = 1
             while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
                 number += 1
             folder.rename(aside)
+            moved.append((folder, aside))
+    return moved
 
 
 def _finished(config: Config) -> Result | None:

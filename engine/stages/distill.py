@@ -20,6 +20,7 @@ from engine.data.examples import Example, TokenSequence, to_batch
 from engine.data.prompts import Prompt
 from engine.plan import Plan
 from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
+from engine.stages.evaluation import EXAMPLES_PER_PASS, evaluate_text
 from engine.stages.experience import sample_seeds
 from engine.stages.offline import OfflineStage
 from engine.tracking.tracker import Tracker
@@ -81,8 +82,9 @@ class DistillStage(OfflineStage):
             for i, prompt in enumerate(prompts)
         ]
         answers: dict[int, Generation] = {}
-        if requests:
-            answers = {key: generations[0] for key, generations in self.rollouts.generate(requests, self.settings)}
+        for start in range(0, len(requests), EXAMPLES_PER_PASS):  # each with a deadline of its own
+            part = requests[start : start + EXAMPLES_PER_PASS]
+            answers |= {key: generations[0] for key, generations in self.rollouts.generate(part, self.settings)}
         return [list(answers[i].token_ids) for i in range(len(prompts))]
 
     def measure(self, step: int) -> dict[str, float]:
@@ -94,7 +96,7 @@ class DistillStage(OfflineStage):
             divergence_T = self.policy.divergences(batch)
             metrics["eval/divergence"] = float(divergence_T[batch.loss_mask].mean())
         if all(example.sequences for example in self.held_out):
-            metrics |= self.language(self.policy, self.held_out)
+            metrics |= evaluate_text(self.policy, self.held_out, prefix="eval/")
         return metrics
 
 

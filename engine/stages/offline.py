@@ -14,10 +14,10 @@ from typing import Any
 
 from engine.config import Config
 from engine.data.batch import Batch
-from engine.data.examples import Example, to_batch
+from engine.data.examples import to_batch
 from engine.data.sampler import RowSampler
 from engine.plan import Plan
-from engine.roles import Policy, Trained, Workers
+from engine.roles import Trained, Workers
 from engine.stages.evaluation import evaluate_answers, evaluate_text
 from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
@@ -29,6 +29,7 @@ class OfflineStage(ABC):
     def __init__(self, config: Config, workers: Workers, tracker: Tracker, plan: Plan, trained: Trained) -> None:
         self.config = config
         self.trained = trained
+        self._policy = workers.policy
         self.sampling = workers.sampling
         self.tracker = tracker
         self.name = config.stage
@@ -70,6 +71,7 @@ class OfflineStage(ABC):
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out rows, and where reward functions are given, answers to their prompts."""
         metrics = self.measure(step) if len(self.held_out) else {}
+        metrics |= self.general()
         if self.sampling is not None and self.held_out_prompts and self.config.rewards.functions:
             self.publish(step)
             metrics |= evaluate_answers(self.config, self.sampling, self.tracker, self.held_out_prompts)
@@ -93,13 +95,9 @@ class OfflineStage(ABC):
         self.sampler.load_state_dict(state["sampler"])
         self._rows_left = state["rows_left"]
 
-    def language(self, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
-        """Perplexity and token accuracy on held-out rows, and on general text if there is any."""
-        return evaluate_text(policy, examples, prefix="eval/") | self.general(policy)
-
-    def general(self, policy: Policy) -> dict[str, float]:
+    def general(self) -> dict[str, float]:
         """Perplexity on general text: what it rises by from the first step to the last was forgotten."""
-        if not len(self.general_text):
+        if self._policy is None or not len(self.general_text):
             return {}
-        metrics = evaluate_text(policy, self.general_text, prefix="eval/general_")
+        metrics = evaluate_text(self._policy, self.general_text, prefix="eval/general_")
         return {name: metrics[name] for name in ("eval/general_perplexity", "eval/general_token_accuracy")}

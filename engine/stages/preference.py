@@ -36,7 +36,9 @@ class PreferenceStage(OfflineStage):
         self.policy = workers.policy
         self.kto = config.preference.loss == "kto"
         self.needs_reference = config.preference.loss not in ("orpo", "simpo")
-        self.mismatched = mismatched(plan.train, config.training.rows_per_update) if self.kto else []
+        self.mismatched = (
+            mismatched(plan.train, config.training.rows_per_update, config.training.max_length) if self.kto else []
+        )
 
     def begin(self, step: int) -> None:
         """The reference's log-probs: computed before the first update, read again after a restart."""
@@ -97,7 +99,7 @@ class PreferenceStage(OfflineStage):
             "eval/implicit_margin_se": margin_se,
             "eval/logp_chosen": float(logp_B[0::2].mean()),
             "eval/logp_rejected": float(logp_B[1::2].mean()),
-        } | self.general(self.policy)
+        }
 
 
 def _per_sequence(logprobs: Callable[[Batch], np.ndarray], examples: Sequence[Example]) -> np.ndarray:
@@ -106,18 +108,19 @@ def _per_sequence(logprobs: Callable[[Batch], np.ndarray], examples: Sequence[Ex
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def mismatched(examples: Sequence[Example], rows_per_update: int) -> list[Example]:
+def mismatched(examples: Sequence[Example], rows_per_update: int, max_length: int) -> list[Example]:
     """Each prompt with the answer of an earlier row, cyclic within `rows_per_update` neighbours.
 
     It is the row before, or as many rows back as it takes that fewest prompts, and nearly always none, get an answer
     to themselves: a pair gives two neighbours with one prompt, and the paper's answers are unrelated to their prompts.
+    Answers are cut to `max_length` tokens in all.
     """
     result = []
     for start in range(0, len(examples), rows_per_update):
         block = [examples[i] for i in range(start, min(start + rows_per_update, len(examples)))]
         prompts = [_context(example).tobytes() for example in block]
         shift = min(range(1, len(block)), key=partial(_own_answers, prompts), default=0)
-        result += [_with_answer_of(example, block[i - shift]) for i, example in enumerate(block)]
+        result += [_with_answer_of(example, block[i - shift], max_length) for i, example in enumerate(block)]
     return result
 
 
@@ -132,8 +135,8 @@ def _context(example: Example) -> np.ndarray:
     return sequence.tokens[: int(sequence.mask.argmax())]
 
 
-def _with_answer_of(example: Example, other: Example) -> Example:
+def _with_answer_of(example: Example, other: Example, max_length: int) -> Example:
     context, [foreign] = _context(example), other.sequences
-    answer = foreign.tokens[int(foreign.mask.argmax()) :]
+    answer = foreign.tokens[int(foreign.mask.argmax()) :][: max_length - len(context)]
     mask = np.repeat([False, True], [len(context), len(answer)])
     return replace(example, sequences=(TokenSequence(np.concatenate([context, answer]), mask),))

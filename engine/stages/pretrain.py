@@ -9,6 +9,7 @@ from __future__ import annotations
 from engine.config import Config
 from engine.plan import Plan
 from engine.roles import Workers
+from engine.stages.evaluation import evaluate_text
 from engine.stages.offline import OfflineStage
 from engine.tracking.tracker import Tracker
 
@@ -24,4 +25,4 @@ class PretrainStage(OfflineStage):
 
     def measure(self, step: int) -> dict[str, float]:
         """Perplexity and token accuracy, beside the baselines."""
-        return self.language(self.policy, self.held_out) | self.baselines
+        return evaluate_text(self.policy, self.held_out, prefix="eval/") | self.baselines

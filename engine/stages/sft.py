@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.config import Config
 from engine.plan import Plan
 from engine.roles import Workers
+from engine.stages.evaluation import evaluate_text
 from engine.stages.offline import OfflineStage
 from engine.tracking.tracker import Tracker
 
@@ -19,4 +20,4 @@ class SFTStage(OfflineStage):
 
     def measure(self, step: int) -> dict[str, float]:
         """Perplexity and accuracy of the trained tokens."""
-        return self.language(self.policy, self.held_out)
+        return evaluate_text(self.policy, self.held_out, prefix="eval/")

@@ -316,5 +316,5 @@ def test_the_kl_baseline_takes_answers_to_other_prompts_wherever_there_are_any()
         Example((TokenSequence(np.array([prompt, answer], np.int32), np.array([False, True])),), {}, {})
         for prompt, answer in [(1, 11), (1, 12), (2, 21), (2, 22), (3, 31), (3, 32), (4, 41), (4, 42)]
     ]
-    foreign = [tokens for tokens, _ in sequences_of(mismatched(pairs, 6))]
+    foreign = [tokens for tokens, _ in sequences_of(mismatched(pairs, 6, 99))]
     assert foreign == [[1, 31], [1, 32], [2, 11], [2, 12], [3, 21], [3, 22], [4, 42], [4, 41]]
