@@ -179,7 +179,7 @@ def test_a_pairwise_reward_model_loads_in_transformers_and_stores_its_statistics
     assert scores.mean() == pytest.approx(record["mean"], abs=1e-4)
     model = AutoModelForSequenceClassification.from_pretrained(result.model)
     padded = tokenizer([texts[0], texts[0] * 2], return_tensors="pt", padding=True)
-    assert model(**padded).logits[0, 0] == pytest.approx(scores[0].item(), abs=1e-4), "padding changes nothing"
+    assert model(**padded).logits[0, 0].item() == pytest.approx(scores[0].item(), abs=1e-4), "padding changes nothing"
 
 
 def test_rankings_with_ties_are_learned(run):
