@@ -246,3 +246,11 @@ def test_a_student_takes_over_its_teachers_answers(run, teacher, mode):
         assert result.after["eval/divergence"] < result.before["eval/divergence"] / 3
     else:
         assert result.after["eval/perplexity"] < result.before["eval/perplexity"] / 10
+
+
+def test_sharded_weights_are_measured_and_saved_whole(run):
+    policy = {"ranks": 2, "zero_stage": 3}
+    result, steps = run("sft", sft_rows(), policy=policy, training={"updates": 8})
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+    assert result.after["eval/perplexity"] < result.before["eval/perplexity"]
+    AutoModelForCausalLM.from_pretrained(result.model)
