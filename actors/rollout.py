@@ -92,10 +92,9 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "disable_log_stats": True,
     }
-    if ships_adapter(config):
-        arguments |= engine_lora_arguments(config)
-    elif not serves_teacher(config):
-        arguments |= {"load_format": "dummy"}  # the first published version brings the weights
+    if not serves_teacher(config):
+        # Of an adapter the frozen weights are read from disk; else the first published version brings all weights.
+        arguments |= engine_lora_arguments(config) if ships_adapter(config) else {"load_format": "dummy"}
     if config.device == "cpu":
         # A prompt is prefilled whole: after a part of one, vLLM winds a seeded sample's generator back, and the CPU's
         # cannot be.

@@ -20,14 +20,12 @@ from engine.data.examples import Example, TokenSequence, to_batch
 from engine.data.prompts import Prompt
 from engine.plan import Plan
 from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
-from engine.stages.evaluation import EXAMPLES_PER_PASS, evaluate_text
+from engine.stages.evaluation import EXAMPLES_PER_PASS, SEED_STREAM, evaluate_text
 from engine.stages.experience import sample_seeds
 from engine.stages.offline import OfflineStage
 from engine.tracking.tracker import Tracker
 
 ANSWERS = "teacher_answers.json"
-HELD_OUT_STREAM = 2**31
-"""Keeps the seeds of held-out answers apart from those of training."""
 
 
 class DistillStage(OfflineStage):
@@ -52,7 +50,7 @@ class DistillStage(OfflineStage):
         file = self.config.run_dir / ANSWERS
         if step == 0:
             train = self._answers([_prompt(example) for example in self.train], 0)
-            held_out = self._answers([_prompt(example) for example in self.held_out], HELD_OUT_STREAM)
+            held_out = self._answers([_prompt(example) for example in self.held_out], SEED_STREAM)
             file.with_suffix(".partial").write_text(json.dumps({"train": train, "held_out": held_out}))
             file.with_suffix(".partial").rename(file)
         answers = json.loads(file.read_text())
@@ -92,7 +90,7 @@ class DistillStage(OfflineStage):
         metrics: dict[str, float] = {}
         if self.on_policy:
             prompts = [_prompt(example) for example in self.held_out]
-            batch = to_batch(_answered(self.held_out, self._answers(prompts, HELD_OUT_STREAM)))
+            batch = to_batch(_answered(self.held_out, self._answers(prompts, SEED_STREAM)))
             divergence_T = self.policy.divergences(batch)
             metrics["eval/divergence"] = float(divergence_T[batch.loss_mask].mean())
         if all(example.sequences for example in self.held_out):
