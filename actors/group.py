@@ -26,6 +26,7 @@ from actors.process import RankInfo, free_port
 from engine.config import UserError
 from engine.data.batch import Batch
 from engine.schedule.balancing import plan_microbatches
+from engine.schedule.placement import Seat
 
 
 class ActorError(RuntimeError):
@@ -94,20 +95,21 @@ def gather(pending: Mapping[Any, str], method: str, timeout_s: float) -> list[An
 
 @dataclass(frozen=True)
 class Slots:
-    """Bundles of the run's placement group that belong to one worker group, one per rank."""
+    """Where the ranks of one worker group sit in the run's placement group."""
 
     placement: PlacementGroup
-    first: int
-    count: int
-    resources: Mapping[str, float]
+    seats: Sequence[Seat]
 
     def options(self, rank: int) -> dict[str, Any]:
-        """Ray options that put an actor or task into a rank's bundle."""
+        """Ray options that put an actor or task into a rank's seat."""
+        seat = self.seats[rank]
+        own = {name: amount for name, amount in seat.resources.items() if name not in ("CPU", "GPU")}
         return {
-            "num_cpus": self.resources.get("CPU", 0),
-            "num_gpus": self.resources.get("GPU", 0),
+            "num_cpus": seat.resources.get("CPU", 0),
+            "num_gpus": seat.resources.get("GPU", 0),
+            "resources": own,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self.placement, placement_group_bundle_index=self.first + rank
+                placement_group=self.placement, placement_group_bundle_index=seat.bundle
             ),
         }
 
@@ -116,15 +118,45 @@ def rendezvous(slots: Slots, timeout_s: float) -> list[RankInfo]:
     """Addresses for a process group whose rank 0 will live in the first slot."""
     task = ray.remote(_address).options(**slots.options(0), max_retries=0)
     [(address, port)] = gather({task.remote(): "rendezvous"}, "address", timeout_s)
-    return [RankInfo(rank, slots.count, address, port) for rank in range(slots.count)]
+    return [RankInfo(rank, len(slots.seats), address, port) for rank in range(len(slots.seats))]
 
 
 def _address() -> tuple[str, int]:
     return ray.util.get_node_ip_address(), free_port()
 
 
+class Turns:
+    """Worker groups that share devices: one works, the others have left the devices' memory."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """`timeout_s` is how long leaving or returning may take."""
+        self._timeout_s = timeout_s
+        self._awake: WorkerGroup | None = None
+
+    def start(self, group: WorkerGroup, timeout_s: float) -> None:
+        """Start a group, awake, once the devices are free."""
+        self._free()
+        group.call("start", timeout_s=timeout_s, in_turn=False)
+        self._awake = group
+
+    def take(self, group: WorkerGroup) -> None:
+        """The devices are this group's; whoever had them has left before it returns to them."""
+        if self._awake is not group:
+            self._free()
+            group.call("wake", timeout_s=self._timeout_s, in_turn=False)
+            self._awake = group
+
+    def _free(self) -> None:
+        if self._awake is not None:
+            self._awake.call("sleep", timeout_s=self._timeout_s, in_turn=False)
+            self._awake = None
+
+
 class WorkerGroup:
-    """The ranks of one role. Actors work in `start`, not in the constructor, whose errors Ray flattens to text."""
+    """The ranks of one role. Actors work in `start`, not in the constructor, whose errors Ray flattens to text.
+
+    A group with `turns` takes the devices before each call.
+    """
 
     def __init__(
         self,
@@ -135,10 +167,12 @@ class WorkerGroup:
         arguments: Sequence[tuple[Any, ...]],
         env: Mapping[str, str],
         concurrency: int = 1,
+        turns: Turns | None = None,
     ) -> None:
         """Makes one actor per slot with its own constructor arguments; `start_all` starts them."""
         remote: Any = ray.remote(actor_class)
         self.name = name
+        self.turns = turns
         self._make = [
             partial(
                 remote.options(
@@ -154,13 +188,16 @@ class WorkerGroup:
         """How errors name a rank."""
         return f"{self.name}[{rank}]"
 
-    def submit(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
+    def submit(self, rank: int, method: str, *args: Any, in_turn: bool = True, **kwargs: Any) -> Any:
         """Start one rank's call and return its reference, to be awaited with `as_completed` or `gather`."""
+        if self.turns is not None and in_turn:
+            self.turns.take(self)
         return getattr(self.actors[rank], method).remote(*args, **kwargs)
 
-    def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, *args: Any, timeout_s: float, in_turn: bool = True, **kwargs: Any) -> list[Any]:
         """The same call on every rank; results in rank order."""
-        pending = {self.submit(r, method, *args, **kwargs): self.rank_name(r) for r in range(len(self.actors))}
+        ranks = range(len(self.actors))
+        pending = {self.submit(r, method, *args, in_turn=in_turn, **kwargs): self.rank_name(r) for r in ranks}
         return gather(pending, method, timeout_s)
 
     def scatter(self, method: str, per_rank: Sequence[Any], *, timeout_s: float, **kwargs: Any) -> list[Any]:
@@ -182,10 +219,17 @@ class WorkerGroup:
 
 
 def start_all(groups: Sequence[WorkerGroup], timeout_s: float) -> None:
-    """Start every rank of every group; returns when all are up, and the first that raises is told at once."""
-    ranks = [(group, rank) for group in groups for rank in range(len(group.actors))]
+    """Start every rank of every group; returns when all are up, and the first that raises is told at once.
+
+    Groups that take turns load their models one after the other: a device may not hold two at once.
+    """
+    together = [group for group in groups if group.turns is None]
+    ranks = [(group, rank) for group in together for rank in range(len(group.actors))]
     pending = {group.submit(rank, "start"): group.rank_name(rank) for group, rank in ranks}
     gather(pending, "start", timeout_s)
+    for group in groups:
+        if group.turns is not None:
+            group.turns.start(group, timeout_s)
 
 
 @dataclass(frozen=True)
@@ -212,7 +256,7 @@ class Split:
         return [[self.batch.select(samples) for samples in share] for share in self.plan]
 
     def merge(self, results: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """[R] values of each rank's micro-batches -> [T] in the batch's own order, 0 on tokens that are not trained."""
+        """[R] per token of each rank's micro-batches -> [T] in the batch's order, 0 on tokens that are not trained."""
         merged_T = np.zeros(len(self.batch.tokens), np.float32)
         ends = np.cumsum(self.batch.seq_lens)
         for share, values in zip(self.plan, results, strict=True):
@@ -223,3 +267,11 @@ class Split:
                 index_T = np.concatenate(spans)
                 merged_T[index_T[self.batch.loss_mask[index_T]]] = values_R
         return merged_T
+
+    def merge_samples(self, results: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """One number per sample of each rank's micro-batches -> [B] in the batch's own order."""
+        merged_B = np.zeros(len(self.batch), np.float32)
+        for share, values in zip(self.plan, results, strict=True):
+            for samples, values_b in zip(share, values, strict=True):
+                merged_B[samples] = values_b
+        return merged_B

@@ -14,13 +14,13 @@ import torch
 
 from actors.packed_model import PackedRow
 from actors.trained import Minibatch, Stats
-from engine.algorithms import preference
-from engine.algorithms.aggregate import aggregate, sum_per_sample
+from engine.algorithms import policy_losses, preference
+from engine.algorithms.aggregate import aggregate, mean_per_sample, sum_per_sample
 from engine.algorithms.kl import kl_estimate
 from engine.algorithms.off_policy import importance_weights
-from engine.algorithms.policy_losses import ppo_clip
-from engine.config import AlgorithmConfig, Config, PreferenceConfig
+from engine.config import AlgorithmConfig, Config, PreferenceConfig, UserError
 from engine.data.batch import Batch
+from engine.user_code import load_object
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Objective(Protocol):
 def objective_of(config: Config) -> Objective:
     """What a configuration trains a language model on."""
     match config.stage:
-        case "rl":
+        case "rl" if config.algorithm.loss != "preference":
             return PolicyGradient(config.algorithm, config.rollout.max_new_tokens)
-        case "preference":
+        case "rl" | "preference":
             return Preference(config.preference)
         case "distill" if config.distill.mode == "on_policy":
             return Distillation()
@@ -128,8 +128,7 @@ class Preference:
         loss = self._pair_losses(out, logp_B, mean_logp_B, lens_B).sum() / out.minibatch.total_groups
         if self.nll_coef > 0:
             chosen_R = torch.repeat_interleave(torch.arange(len(lens_B), device=lens_B.device) % 2 == 0, lens_B)
-            chosen_tokens = out.label("chosen_tokens")[0]
-            loss = loss - self.nll_coef * out.values[chosen_R].sum() / chosen_tokens
+            loss = loss - self.nll_coef * out.values[chosen_R].sum() / out.minibatch.total_chosen_tokens
         return loss
 
     def _pair_losses(
@@ -181,21 +180,22 @@ class Preference:
 
 
 class PolicyGradient:
-    """The clipped policy-gradient loss (arXiv:2402.03300, eq. 3, with a choice of aggregation)."""
+    """A policy-gradient loss: surrogate, aggregation, KL term, entropy bonus and mismatch correction are chosen."""
 
     maxima: tuple[str, ...] = ("mismatch/logp_abs_max", "policy/ratio_deviation_max")
+    means: tuple[str, ...] = (
+        "policy/entropy",
+        "policy/ratio",
+        "policy/clip_fraction",
+        "policy/kl_step",
+        "mismatch/logp_abs_mean",
+        "mismatch/correction_mean",
+    )
 
     def __init__(self, algorithm: AlgorithmConfig, max_new_tokens: int) -> None:
         self.algorithm = algorithm
         self.max_new_tokens = max_new_tokens
-        self.means: tuple[str, ...] = (
-            "policy/entropy",
-            "policy/ratio",
-            "policy/clip_fraction",
-            "mismatch/logp_abs_mean",
-            "mismatch/correction_mean",
-            *(["policy/kl"] if algorithm.kl_coef > 0 else []),
-        )
+        self.own = load_object(algorithm.loss, what="policy loss") if ":" in algorithm.loss else None
 
     def loss(self, out: Outputs, stats: Stats) -> torch.Tensor:
         """Aggregated with the denominators of the whole update."""
@@ -205,22 +205,16 @@ class PolicyGradient:
         # Strictly on-policy the weights that sampled are these, so the old log-probs are the new ones.
         old = out.batch.annotations.get("old_logp")
         old_logp_R = logp_R.detach() if old is None else out.trained(old)
-        loss_R = ppo_clip(
-            logp_R,
-            old_logp_R,
-            advantages_R,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-        )
+        loss_R = self._surrogate(logp_R, old_logp_R, advantages_R, out.row.response_lens)
         weights_R = self._correction(out, old_logp_R, rollout_logp_R)
         loss_R = loss_R * weights_R
-        if algorithm.kl_coef > 0:
-            kl_R = kl_estimate(logp_R, out.trained(out.batch.annotations["ref_logp"]), algorithm.kl_estimator)
-            loss_R = loss_R + algorithm.kl_coef * kl_R
-            stats.add({"policy/kl": kl_R})
+        if algorithm.kl_coef > 0 and algorithm.kl_in == "loss":
+            ref_logp_R = out.trained(out.batch.annotations["ref_logp"])
+            loss_R = loss_R + out.label("kl_coef")[0] * kl_estimate(logp_R, ref_logp_R, algorithm.kl_estimator)
+        if algorithm.entropy_coef > 0:
+            loss_R = loss_R - algorithm.entropy_coef * out.entropies
         stats.add({"policy/entropy": out.entropies, "mismatch/correction_mean": weights_R})
-        self._measure(logp_R.detach(), old_logp_R, rollout_logp_R, advantages_R, stats)
+        self._measure(out, logp_R.detach(), old_logp_R, rollout_logp_R, advantages_R, stats)
         return aggregate(
             loss_R,
             out.row.response_lens,
@@ -229,6 +223,23 @@ class PolicyGradient:
             total_tokens=out.minibatch.total_tokens,
             total_sequences=out.minibatch.total_sequences,
         )
+
+    def _surrogate(
+        self, logp_R: torch.Tensor, old_logp_R: torch.Tensor, advantages_R: torch.Tensor, lens_B: torch.Tensor
+    ) -> torch.Tensor:
+        algorithm = self.algorithm
+        clips = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+        match algorithm.loss:
+            case "ppo_clip":
+                return policy_losses.ppo_clip(logp_R, old_logp_R, advantages_R, **clips, dual_clip=algorithm.dual_clip)
+            case "gspo":
+                return policy_losses.gspo(logp_R, old_logp_R, advantages_R, lens_B, **clips)
+            case "cispo":
+                return policy_losses.cispo(logp_R, old_logp_R, advantages_R, **clips)
+            case "reinforce":
+                return policy_losses.reinforce(logp_R, advantages_R)
+        assert self.own is not None, "the configuration knows its losses"
+        return own_result(self.own(logp_R, old_logp_R, advantages_R, lens_B), algorithm.loss, logp_R)
 
     def _correction(self, out: Outputs, old_logp_R: torch.Tensor, rollout_logp_R: torch.Tensor) -> torch.Tensor:
         correction = self.algorithm.correction
@@ -246,13 +257,18 @@ class PolicyGradient:
 
     def _measure(
         self,
+        out: Outputs,
         logp_R: torch.Tensor,
         old_logp_R: torch.Tensor,
         rollout_logp_R: torch.Tensor,
         advantages_R: torch.Tensor,
         stats: Stats,
     ) -> None:
-        ratio_R = (logp_R - old_logp_R).clamp(-20, 20).exp()
+        log_ratio_R = logp_R - old_logp_R
+        if self.algorithm.loss == "gspo":
+            lens_B = out.row.response_lens
+            log_ratio_R = torch.repeat_interleave(mean_per_sample(log_ratio_R, lens_B), lens_B)
+        ratio_R = log_ratio_R.clamp(-policy_losses.MAX_LOG_RATIO, policy_losses.MAX_LOG_RATIO).exp()
         outside_R = (ratio_R < 1 - self.algorithm.clip_low) & (advantages_R < 0)
         outside_R |= (ratio_R > 1 + self.algorithm.clip_high) & (advantages_R > 0)
         mismatch_R = old_logp_R - rollout_logp_R
@@ -260,7 +276,20 @@ class PolicyGradient:
             {
                 "policy/ratio": ratio_R,
                 "policy/clip_fraction": outside_R,
+                "policy/kl_step": kl_estimate(old_logp_R, logp_R, "k3"),
                 "mismatch/logp_abs_mean": mismatch_R.abs(),
             }
         )
         stats.maximum({"mismatch/logp_abs_max": mismatch_R, "policy/ratio_deviation_max": ratio_R - 1})
+
+
+def own_result(loss: object, spec: str, like_R: torch.Tensor) -> torch.Tensor:
+    """What a user's loss returned, one number per token.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(loss, torch.Tensor) and loss.shape == like_R.shape:
+        return loss
+    shown = f"a tensor {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise UserError(f"algorithm.loss: {spec} returned {shown}; it must return a tensor {list(like_R.shape)}, per token")

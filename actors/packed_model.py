@@ -17,7 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 from engine.algorithms.distillation import chunked_generalized_jsd
@@ -282,10 +289,32 @@ class DivergenceHead(nn.Module):
 class PackedScores(nn.Module):
     """One score per head for each marked token: the last of a response, or the last of each step."""
 
-    def __init__(self, packed: PackedModel) -> None:
+    def __init__(self, packed: PackedModel, *, before: bool = False) -> None:
+        """`before` scores what lies before each marked token: the value of the state in which it was chosen."""
         super().__init__()
         self.packed = packed
+        self.offset = 0 if before else 1
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Returns scores [R, heads] in float32."""
-        return self.packed.model.get_submodule("score")(self.packed(row)[row.predictors + 1]).float()
+        return self.packed.model.get_submodule("score")(self.packed(row)[row.predictors + self.offset]).float()
+
+
+def load_scoring_model(config: Config, path: str, *, per_token: bool, heads: int | None) -> PreTrainedModel:
+    """A model whose `score` layer maps hidden states to `heads` numbers (None: as many as its folder says).
+
+    Raises:
+        UserError: transformers has no such model for this architecture.
+    """
+    loader = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+    arguments = model_arguments(config) | ({"num_labels": heads} if heads is not None else {})
+    try:
+        model = loader.from_pretrained(path, **arguments)
+    except ValueError as error:
+        raise UserError(f"model.path: {path} cannot carry a reward or value head: {error}") from None
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"model.path: {type(model).__name__} does not score with one linear layer over hidden states; use another "
+            "model"
+        )
+    return without_dropout(model)

@@ -11,6 +11,7 @@ import torch
 from actors.adapters import add_adapter, quantization_config
 from actors.objectives import Outputs, objective_of
 from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, PackedRow, load_language_model
+from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
 from actors.weights import Snapshot, publish
@@ -27,6 +28,10 @@ def ships_adapter(config: Config) -> bool:
 
 class PolicyActor(TrainedActor):
     """One rank of the policy."""
+
+    def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
+        super().__init__(config, info, updates)
+        self.prefix = "policy" if config.stage == "rl" else "train"
 
     def make(self) -> Trainable:
         """The language model and its packed log-probs, or its divergence from a teacher."""
@@ -47,6 +52,13 @@ class PolicyActor(TrainedActor):
     def new_stats(self) -> Stats:
         """Names of the objective's metrics."""
         return Stats(self.objective.means, self.objective.maxima)
+
+    def enough(self, stats: Stats) -> bool:
+        """Whether the policy has moved further from the one that sampled than `algorithm.target_kl`."""
+        target = self.config.algorithm.target_kl
+        if self.config.stage != "rl" or target is None:
+            return False
+        return stats.reduce(self.trainer).get("policy/kl_step", 0.0) > target
 
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """This micro-batch's share of the objective."""

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.config import Config
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -26,6 +28,11 @@ class RankInfo:
 def backend_for(device: str) -> str:
     """torch.distributed backend of a device."""
     return "nccl" if device == "cuda" else "gloo"
+
+
+def offloads(config: Config) -> bool:
+    """Whether actors that take turns on a device leave its memory while they wait; the CPU has no other to go to."""
+    return config.placement.mode == "turns" and config.device == "cuda"
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The reference model: the frozen starting policy, asked for log-probs only. Started only when the KL term counts."""
+"""The reference model: the frozen starting policy, asked for log-probs only. Started only when something needs them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
-from actors.group import Split, WorkerGroup
+from actors.frozen import FrozenActor, FrozenGroup
 from actors.packed_model import PackedLogProbs, PackedModel, PackedRow, load_language_model
-from engine.config import Config
 from engine.data.batch import Batch
 
 
-class ReferenceActor:
+class ReferenceActor(FrozenActor):
     """One data-parallel copy of the reference model."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.device = torch.device(config.device)
-
-    def start(self) -> None:
-        """Load the model."""
-        module = PackedLogProbs(
-            PackedModel(load_language_model(self.config)), temperature=self.config.rollout.temperature
-        )
-        self.module = module.to(self.device).requires_grad_(False).eval()
+    def make(self) -> nn.Module:
+        """The starting model and its packed log-probs."""
+        packed = PackedModel(load_language_model(self.config))
+        return PackedLogProbs(packed, temperature=self.config.rollout.temperature)
 
     @torch.inference_mode()
     def logprobs(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
@@ -33,20 +27,10 @@ class ReferenceActor:
         return [self.module(PackedRow.of(batch, self.device))[0].float().cpu().numpy() for batch in microbatches]
 
 
-class ReferenceGroup:
-    """The controller's side of the reference: splits batches over its copies."""
-
-    def __init__(self, config: Config, workers: WorkerGroup, hidden_size: int) -> None:
-        self.config = config
-        self.workers = workers
-        self.hidden_size = hidden_size
+class ReferenceGroup(FrozenGroup):
+    """The controller's side of the reference."""
 
     def logprobs(self, batch: Batch) -> np.ndarray:
         """[T] float32: log-probs of the trained tokens under the starting policy, 0 elsewhere."""
-        split = Split.of(
-            batch,
-            ranks=len(self.workers.actors),
-            token_budget=self.config.policy.tokens_per_microbatch,
-            hidden_size=self.hidden_size,
-        )
+        split = self.split(batch)
         return split.merge(self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.forward))

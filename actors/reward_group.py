@@ -1,39 +1,82 @@
-"""The controller's side of the reward pool: start scoring a group at once, collect the scores as they come."""
+"""The controller's side of all rewards: functions start on a group at once; reward models score when all are there.
+
+Models wait until `collect`, when the engines are idle, because they may share the engines' devices.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.group import WorkerGroup, as_completed
+from actors.reward_scorer import RewardScorerGroup
 from engine.config import Config
+from engine.data.batch import Batch
 from engine.rewards.contract import Sample, Scores
 
 
 class RewardGroup:
     """Scores several groups at the same time; a slow function holds up its own group only."""
 
-    def __init__(self, config: Config, workers: WorkerGroup) -> None:
+    def __init__(self, config: Config, pool: WorkerGroup | None, models: Mapping[str, RewardScorerGroup]) -> None:
+        """`pool` runs the functions, if there are any; `models` are by the names of `rewards.models`."""
         self.config = config
-        self.workers = workers
+        self.pool = pool
+        self.models = models
+        self._samples: dict[int, list[Sample]] = {}
         self._pending: dict[Any, int] = {}
         self._done: list[tuple[int, Scores]] = []
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
         """Start scoring; results come from `collect`. Raises what earlier calls have raised by now."""
-        self._pending[self.workers.submit(0, "score", list(samples))] = key
+        self._samples[key] = list(samples)
+        if self.pool is None:
+            self._done.append((key, Scores.without_opinion(len(samples))))
+            return
+        self._pending[self.pool.submit(0, "score", list(samples))] = key
         finished, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
         self._done += self._wait_for(finished)
 
     def collect(self) -> Iterator[tuple[int, Scores]]:
         """Yields (key, scores) of everything submitted, as it is done."""
         done, self._done = self._done, []
-        yield from done
-        yield from self._wait_for(list(self._pending))
+        samples, self._samples = self._samples, {}
+        values = self._ask_models(samples)
+        for key, scores in [*done, *self._wait_for(list(self._pending))]:
+            ids = [sample.id for sample in samples[key]]
+            for source in self.config.rewards.models:
+                scores = scores.plus(source.name, values[source.name][key], source.weight, ids)
+            yield key, scores
+
+    def _ask_models(self, samples: Mapping[int, list[Sample]]) -> dict[str, dict[int, np.ndarray]]:
+        """Name of each model -> key of each group -> [B] rewards of its samples."""
+        if not self.models or not samples:
+            return {name: {} for name in self.models}
+        batch = _to_batch([sample for group in samples.values() for sample in group])
+        cuts = np.cumsum([len(group) for group in samples.values()])[:-1]
+        return {
+            name: dict(zip(samples, np.split(model.scores(batch), cuts), strict=True))
+            for name, model in self.models.items()
+        }
 
     def _wait_for(self, refs: Sequence[Any]) -> Iterator[tuple[int, Scores]]:
-        names = dict.fromkeys(refs, self.workers.rank_name(0))
+        if not refs:
+            return
+        assert self.pool is not None, "only it has calls to wait for"
+        names = dict.fromkeys(refs, self.pool.rank_name(0))
         for ref, scores in as_completed(names, "score", self.config.timeouts.reward):
             yield self._pending.pop(ref), scores
+
+
+def _to_batch(samples: Sequence[Sample]) -> Batch:
+    """Prompts and responses, the responses marked."""
+    lens = [(len(sample.prompt_ids), len(sample.completion_ids)) for sample in samples]
+    return Batch.offline(
+        tokens=np.concatenate([np.array([*s.prompt_ids, *s.completion_ids], np.int32) for s in samples]),
+        seq_lens=np.array([prompt + response for prompt, response in lens], np.int32),
+        loss_mask=np.concatenate([np.repeat([False, True], pair) for pair in lens]),
+        group_ids=np.arange(len(samples), dtype=np.int64),
+    )

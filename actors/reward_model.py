@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from actors.adapters import add_adapter
-from actors.packed_model import PackedModel, PackedRow, PackedScores, model_arguments, without_dropout
+from actors.packed_model import PackedModel, PackedRow, PackedScores, load_scoring_model
 from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
 from engine.algorithms.reward_model import bradley_terry, plackett_luce, process_bce
-from engine.config import Config, UserError
+from engine.config import Config
 from engine.data.batch import Batch
 
 MEANS = {
@@ -38,24 +38,10 @@ class RewardModelActor(TrainedActor):
         self.annotators = annotators
 
     def make(self) -> Trainable:
-        """The body of the starting model with a new head.
-
-        Raises:
-            UserError: transformers has no such model for this architecture.
-        """
+        """The body of the starting model with a new head."""
         config, process = self.config, self.config.reward_model.kind == "process"
-        loader = AutoModelForTokenClassification if process else AutoModelForSequenceClassification
-        try:
-            model = loader.from_pretrained(config.model.path, num_labels=1 + self.annotators, **model_arguments(config))
-        except ValueError as error:
-            raise UserError(f"model.path: {config.model.path} cannot carry a reward head: {error}") from None
-        if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-            raise UserError(
-                f"model.path: {type(model).__name__} does not score with one linear layer over hidden states; "
-                "use another model"
-            )
+        model = load_scoring_model(config, config.model.path, per_token=process, heads=1 + self.annotators)
         model.config.pad_token_id = _pad_token_id(config)
-        without_dropout(model)
         adapter = None
         if config.trains_adapter:
             adapter = add_adapter(model, config.model.adapter, task="TOKEN_CLS" if process else "SEQ_CLS")

@@ -28,7 +28,7 @@ import numpy as np
 from pebble import ProcessExpired, ProcessPool
 
 from engine.config import RewardsConfig, UserError
-from engine.rewards.contract import Outcome, RewardError, Sample, Scores, resolve_all
+from engine.rewards.contract import NO_REWARD, Outcome, RewardError, Sample, Scores, resolve_all
 from engine.user_code import describe_error
 
 START_DEADLINE = 120.0
@@ -301,7 +301,7 @@ class _Scoring:
         weights_F = np.array([f.weight for f in self.functions])
         totals_B = np.nansum(weights_F[:, None] * held_FB, axis=0)
         for position in np.flatnonzero(np.isnan(held_FB).all(axis=0)):
-            self.dropped.setdefault(int(position), "no_reward")
+            self.dropped.setdefault(int(position), NO_REWARD)
         with np.errstate(over="ignore"):
             totals_B = totals_B.astype(np.float32)
         for position in np.flatnonzero(~np.isfinite(totals_B)):

@@ -23,6 +23,7 @@ from typing import Any
 from actors.group import ActorDiedError, ActorError, WorkerGroup, as_completed, gather
 from actors.lora_engine import engine_lora_arguments, load_adapter
 from actors.policy import PolicyGroup, ships_adapter
+from actors.process import offloads
 from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
@@ -95,6 +96,8 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     if not serves_teacher(config):
         # Of an adapter the frozen weights are read from disk; else the first published version brings all weights.
         arguments |= engine_lora_arguments(config) if ships_adapter(config) else {"load_format": "dummy"}
+    if offloads(config):
+        arguments["enable_sleep_mode"] = True
     if config.device == "cpu":
         # A prompt is prefilled whole: after a part of one, vLLM winds a seeded sample's generator back, and the CPU's
         # cannot be.
@@ -188,6 +191,16 @@ class RolloutActor:
             self.engine.reset_prefix_cache(reset_running_requests=True)
             self.version = snapshot.version
         return ack
+
+    def sleep(self) -> None:
+        """Leave the device's memory to others until `wake`: weights to the host, the cache is given up."""
+        if offloads(self.config):
+            self.engine.sleep(level=1)
+
+    def wake(self) -> None:
+        """Return to the device."""
+        if offloads(self.config):
+            self.engine.wake_up()
 
     def _load(self, weights: list[tuple[str, Any]], snapshot: Snapshot) -> None:
         if snapshot.adapter is not None:

@@ -36,6 +36,8 @@ class Minibatch:
     """Samples with a trained token in the whole update."""
     total_groups: int
     """Groups (pairs, rankings) in the whole update."""
+    total_chosen_tokens: int
+    """Of pairs: trained tokens of the chosen samples in the whole update."""
 
 
 @dataclass
@@ -62,6 +64,14 @@ class Stats:
             largest = float(x.detach().abs().max()) if x.numel() else 0.0
             self.tops[name] = max(self.tops.get(name, 0.0), largest)
 
+    def merge(self, other: Stats) -> None:
+        """Take in what another update saw."""
+        for name, (total, count) in other.sums.items():
+            before, number = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (before + total, number + count)
+        for name, top in other.tops.items():
+            self.tops[name] = max(self.tops.get(name, 0.0), top)
+
     def reduce(self, trainer: Trainer) -> dict[str, float]:
         """Global values under their names; what nobody saw is left out."""
         assert set(self.sums) <= set(self.means), "an undeclared mean"
@@ -78,6 +88,9 @@ class Stats:
 
 class TrainedActor(ABC):
     """One rank of a trained model. Subclasses say what is trained (`make`) and on what loss (`loss`)."""
+
+    prefix = "train"
+    """Of the metrics that every update has."""
 
     def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
         """`updates` is the run's total number of optimizer updates, for the learning-rate schedule."""
@@ -106,16 +119,29 @@ class TrainedActor(ABC):
         return int(self.trainer.model.config.get_text_config().hidden_size)
 
     def update(self, minibatches: Sequence[Minibatch]) -> dict[str, float]:
-        """One optimizer update per minibatch; returns global metrics, equal on every rank."""
-        stats = self.new_stats()
-        updates = []
+        """One optimizer update per minibatch; returns global metrics, equal on every rank.
+
+        Updates whose loss or gradient is not finite are skipped and counted, and leave no other trace.
+        """
+        seen, updates, skipped = self.new_stats(), [], 0
         for minibatch in minibatches:
+            stats = self.new_stats()
             losses = [partial(self.loss, batch, minibatch, stats) for batch in minibatch.microbatches]
-            updates.append(self.trainer.update(losses))
-        means = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
-        prefix = "policy" if self.config.stage == "rl" else "train"
-        named = {f"{prefix}/{name}": value for name, value in means.items()}
-        return named | stats.reduce(self.trainer)
+            update = self.trainer.update(losses)
+            if update is None:
+                skipped += 1
+                continue
+            updates.append(update)
+            seen.merge(stats)
+            if self.enough(stats):
+                break
+        metrics = {name: float(np.mean([u[name] for u in updates])) for name in (updates[0] if updates else {})}
+        metrics |= {"updates": float(len(updates)), "skipped_updates": float(skipped)}
+        return {f"{self.prefix}/{name}": value for name, value in metrics.items()} | seen.reduce(self.trainer)
+
+    def enough(self, stats: Stats) -> bool:
+        """Whether the remaining updates of this call are to be left out, after one that saw `stats`; on every rank."""
+        return False
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format."""
@@ -129,6 +155,14 @@ class TrainedActor(ABC):
         """Go on from what `save_state` wrote."""
         self.trainer.load_state(folder)
 
+    def sleep(self) -> None:
+        """Leave the device's memory to others until `wake`."""
+        self.trainer.sleep()
+
+    def wake(self) -> None:
+        """Return to the device."""
+        self.trainer.wake()
+
 
 class TrainedGroup:
     """The controller's side: splits batches over the ranks and gathers what they return."""
@@ -137,14 +171,20 @@ class TrainedGroup:
         self.config = config
         self.workers = workers
         self.hidden_size = workers.call("hidden_size", timeout_s=config.timeouts.start)[0]
-        self._whole_groups = config.stage in ("preference", "reward_model")
+        pairs = config.stage == "rl" and config.algorithm.trains_pairs
+        self._whole_groups = pairs or config.stage in ("preference", "reward_model")
 
     def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer update per minibatch; returns metrics over all of them."""
         per_rank: list[list[Minibatch]] = [[] for _ in self.workers.actors]
         for batch in minibatches:
             trained_lens = batch.response_lens
-            totals = int(trained_lens.sum()), int((trained_lens > 0).sum()), len(np.unique(batch.group_ids))
+            totals = (
+                int(trained_lens.sum()),
+                int((trained_lens > 0).sum()),
+                len(np.unique(batch.group_ids)),
+                int(trained_lens[0::2].sum()),
+            )
             for share, minibatch in zip(self._split(batch).shares(), per_rank, strict=True):
                 minibatch.append(Minibatch(share, *totals))
         return self.workers.scatter("update", per_rank, timeout_s=self.config.timeouts.update)[0]

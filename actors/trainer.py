@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from actors.adapters import AdaptedModel
-from actors.process import RankInfo, join_process_group, seed_everything
+from actors.process import RankInfo, join_process_group, offloads, seed_everything
 from engine.config import Config, OptimizerConfig
 
 
@@ -34,7 +34,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.policy.zero_stage, "overlap_comm": config.device == "cuda"},
         "steps_per_print": 2**31,
@@ -63,10 +63,6 @@ def learning_rate_factor(update: int, *, config: OptimizerConfig, updates: int) 
 
 STATE_TAG = "trainer"
 """Sub-folder of a checkpoint that holds the DeepSpeed engine's own files."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite. The update was not published and nothing was saved."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +107,11 @@ class Trainer:
             dist_init_required=False,
         )
 
-    def update(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, float]:
+    def update(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, float] | None:
         """One optimizer update. Each element runs one micro-batch's forward pass and returns its share of the loss.
 
-        Returns the global `loss` and `grad_norm` and the `learning_rate` used.
-
-        Raises:
-            NonFiniteError: the loss or the gradient norm is not finite.
+        Returns the global `loss` and `grad_norm` and the `learning_rate` used; None, on all ranks, when the loss or the
+        gradient was not finite: weights, optimizer and schedule are then as they were.
         """
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64)
@@ -125,26 +119,37 @@ class Trainer:
             self.engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
             loss = micro_loss()
             total += loss.detach().double().cpu()
-            self.engine.backward(loss * self.info.world_size)
+            # A loss that is not finite may yet have finite gradients: NaN goes to all of them, so that none is used.
+            self.engine.backward(loss * (self.info.world_size if torch.isfinite(loss) else math.nan))
         total = self.all_reduce(total)
-        if not math.isfinite(total):
-            raise NonFiniteError(f"the loss is {float(total)}; lower optimizer.learning_rate or inspect the rewards")
         learning_rate = self.engine.get_lr()[0]
         grad_norm = self._step()
+        if not math.isfinite(grad_norm):
+            return None
         return {"loss": float(total), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _step(self) -> float:
-        if self.config.policy.zero_stage == 0 and not self.engine.bfloat16_enabled():
-            # Stage 0 in float32 clips inside the engine without telling the norm.
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        """Step unless the norm of the gradient is not finite; returns it."""
+        if self.config.policy.zero_stage > 0 or self.engine.bfloat16_enabled():
+            self.engine.step()  # skips the step by itself, and says so with an infinite norm
+            return float(self.engine.get_global_grad_norm())
+        # Stage 0 in float32 clips inside the engine, without telling the norm and without looking at it.
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
+        if math.isfinite(norm):
             self.engine.step()
         else:
-            self.engine.step()
-            norm = self.engine.get_global_grad_norm()
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient norm is {float(norm)}; lower optimizer.learning_rate")
-        return float(norm)
+            self.engine.zero_grad()
+        return norm
+
+    def sleep(self) -> None:
+        """Leave the device's memory to others until `wake`."""
+        if offloads(self.config):
+            self.engine.offload_states()
+
+    def wake(self) -> None:
+        """Return to the device."""
+        if offloads(self.config):
+            self.engine.reload_states()
 
     def all_reduce(self, values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """The same reduction on every rank, on the host."""

@@ -30,7 +30,7 @@ MANIFEST, RESULT = "manifest.json", "result.json"
 PARTIAL = ".partial"
 """Ends the names of folders and files that are not whole."""
 CHUNK_BYTES = 2**24
-NO_INFLUENCE = frozenset({"tracking", "timeouts", "ray", "checkpoint", "resume", "output_dir", "name"})
+NO_INFLUENCE = frozenset({"tracking", "timeouts", "ray", "placement", "checkpoint", "resume", "output_dir", "name"})
 """Settings that may change between the two halves of a run: the result does not depend on them."""
 
 _NAME = re.compile(r"step_(\d{8,})")

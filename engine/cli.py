@@ -39,6 +39,18 @@ def run(
 
 
 @app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of an `rl` run.")]) -> None:
+    """Show how a run's rewards moved with the KL, and which of them were over-optimised."""
+    from rich.console import Console
+
+    from engine.tracking.report import reward_report
+
+    table, sentences = reward_report(folder)
+    Console().print(table)
+    print("\n".join(sentences) or "no reward fell while the total rose")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and memory, what is missing and how to mend it."""
     from engine.doctor import diagnose, print_report

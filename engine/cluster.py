@@ -10,8 +10,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,60 @@ import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.group import ActorError, Slots, WorkerGroup, rendezvous, start_all
+from actors.critic import CriticActor, CriticGroup, critic_config
+from actors.group import ActorError, Slots, Turns, WorkerGroup, rendezvous, start_all
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
 from actors.reward_model import RewardModelActor, RewardModelGroup
 from actors.reward_pool import RewardPool
+from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, RolloutGroup, engine_environment
-from engine.config import Config, UserError
+from engine.config import Config, ModelRewardConfig, UserError
 from engine.roles import Sampling, Workers
+from engine.schedule.placement import Layout, Role, lay_out, shortage
 
+REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
 CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True)
-class Role:
-    """How many ranks a role has and what each reserves."""
-
-    name: str
-    ranks: int
-    resources: dict[str, float]
-
-
 def roles_of(config: Config) -> list[Role]:
-    """The roles that a stage starts, in the order of their bundles."""
-    cpu = {"CPU": config.ray.cpus_per_rank}
-    model = cpu | ({"GPU": 1.0} if config.device == "cuda" else {})
+    """The roles that a stage starts."""
+    cpus = config.ray.cpus_per_rank
+
+    def model(name: str, ranks: int) -> Role:
+        return Role(name, ranks, cpus, on_device=True)
+
     if config.stage == "reward_model":
-        return [Role("reward_model", config.policy.ranks, model)]
-    roles = [Role("policy", config.policy.ranks, model)]
-    if config.stage == "rl" and config.algorithm.kl_coef > 0 and not config.trains_adapter:
-        roles.append(Role("reference", config.reference.ranks, model))
+        return [model("reward_model", config.policy.ranks)]
+    roles = [model("policy", config.policy.ranks)]
+    if config.stage == "rl" and config.algorithm.needs_critic:
+        roles.append(model("critic", config.critic.ranks))
+    if config.stage == "rl" and config.compares_with_start and not config.trains_adapter:
+        roles.append(model("reference", config.reference.ranks))
     if config.generates:
-        pool = {"CPU": config.ray.cpus_per_rank * config.rewards.workers}
-        roles += [Role("rollout", config.rollout.engines, model), Role("rewards", 1, pool)]
+        roles += [model(_scorer(source), source.ranks) for source in config.rewards.models]
+        roles.append(model("rollout", config.rollout.engines))
+        if config.rewards.functions:
+            roles.append(Role("rewards", 1, cpus * config.rewards.workers, on_device=False))
     return roles
 
 
-def required(roles: list[Role]) -> dict[str, float]:
-    """Sum of what the roles reserve."""
-    total: dict[str, float] = {}
-    for role in roles:
-        for resource, amount in role.resources.items():
-            total[resource] = total.get(resource, 0.0) + amount * role.ranks
-    return total
+def layout_of(config: Config) -> Layout:
+    """Who sits where, by `placement`."""
+    placement = config.placement
+    scorers = [_scorer(source) for source in config.rewards.models]
+    groups = [
+        [name for role in group for name in (scorers if role == "reward_model" else [role])]
+        for group in placement.groups
+    ]
+    device = placement.device or ("GPU" if config.device == "cuda" else None)
+    return lay_out(roles_of(config), mode=placement.mode, groups=groups, device=device)
+
+
+def _scorer(source: ModelRewardConfig) -> str:
+    return f"reward_model/{source.name}"
 
 
 @contextlib.contextmanager
@@ -84,7 +92,7 @@ def connected(stages: Sequence[Config]) -> Iterator[None]:
     try:
         if address is None:
             store = config.object_store_gib
-            need = max(required(roles_of(stage))["CPU"] for stage in stages)
+            need = max(sum(bundle["CPU"] for bundle in layout_of(stage).bundles) for stage in stages)
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(need)),  # a laptop's roles take turns on its cores
@@ -153,45 +161,87 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
     """
     config = _with_absolute_paths(config)
     with contextlib.ExitStack() as stack:
-        slots = stack.enter_context(_placed(config))
-        timeout_s = config.timeouts.start
-
-        def make(
-            name: str, actor_class: type, arguments: list[tuple[Any, ...]], env: dict[str, str], concurrency: int = 1
-        ) -> WorkerGroup:
-            group = WorkerGroup(name, actor_class, slots[name], arguments=arguments, env=env, concurrency=concurrency)
-            stack.callback(group.kill)
-            return group
-
-        pool = engines = reference = None
-        if "rollout" in slots:
-            pool = make("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
+        crew = _Crew(config, stack.enter_context(_placed(config)), stack)
+        if "rewards" in crew.slots:
+            crew.make("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
+            stack.callback(_close_pool, crew.groups["rewards"])
+            start_all([crew.groups["rewards"]], config.timeouts.start)
+        if "rollout" in crew.slots:
             env = engine_environment(config.device, config.rollout.threads)
-            served = [(config,)] * config.rollout.engines
-            engines = make("rollout", RolloutActor, served, env, concurrency=1024)
-            stack.callback(_close_pool, pool)
-            start_all([pool], timeout_s)
-        trained_name = "policy" if "policy" in slots else "reward_model"
-        infos = rendezvous(slots[trained_name], config.timeouts.place)
-        env = trainer_environment(config.device, config.policy.threads)
-        if trained_name == "policy":
-            trained = make("policy", PolicyActor, [(config, info, updates) for info in infos], env)
+            crew.make("rollout", RolloutActor, [(config,)] * config.rollout.engines, env, concurrency=1024)
+        if "reward_model" in crew.slots:
+            crew.make_trained("reward_model", RewardModelActor, config, updates, annotators)
         else:
-            heads = [(config, info, updates, annotators) for info in infos]
-            trained = make("reward_model", RewardModelActor, heads, env)
-        if "reference" in slots:
+            warmup = config.critic.warmup_steps * config.updates_per_step if "critic" in crew.slots else 0
+            crew.make_trained("policy", PolicyActor, config, updates - warmup)
+        if "critic" in crew.slots:
+            crew.make_trained("critic", CriticActor, critic_config(config), updates)
+        if "reference" in crew.slots:
             env = trainer_environment(config.device, config.reference.threads)
-            reference = make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
-        start_all([group for group in (engines, trained, reference) if group], timeout_s)
-        if trained_name == "reward_model":
-            yield Workers(reward_model=RewardModelGroup(config, trained))
-            return
-        policy = PolicyGroup(config, trained)
+            crew.make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
+        for source in config.rewards.models if config.generates else []:
+            env = trainer_environment(config.device, source.threads)
+            crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env)
+        start_all([group for name, group in crew.groups.items() if name != "rewards"], config.timeouts.start)
+        yield crew.workers()
+
+
+class _Crew:
+    """The worker groups of a stage, made one by one."""
+
+    def __init__(self, config: Config, slots: dict[str, Slots], stack: contextlib.ExitStack) -> None:
+        self.config = config
+        self.slots = slots
+        self.groups: dict[str, WorkerGroup] = {}
+        self._stack = stack
+        self._turns: dict[str, Turns] = {}
+        if config.placement.mode == "turns":
+            for roles in layout_of(config).sharing:
+                self._turns |= dict.fromkeys(roles, Turns(config.timeouts.publish))
+
+    def make(
+        self, name: str, actor_class: type, arguments: list[tuple[Any, ...]], env: dict[str, str], concurrency: int = 1
+    ) -> None:
+        """A group whose actors get these arguments, rank by rank; it is killed at the end."""
+        group = WorkerGroup(
+            name,
+            actor_class,
+            self.slots[name],
+            arguments=arguments,
+            env=env,
+            concurrency=concurrency,
+            turns=self._turns.get(name),
+        )
+        self._stack.callback(group.kill)
+        self.groups[name] = group
+
+    def make_trained(self, name: str, actor_class: type, config: Config, *arguments: Any) -> None:
+        """A group whose ranks train one model together."""
+        infos = rendezvous(self.slots[name], config.timeouts.place)
+        env = trainer_environment(config.device, config.policy.threads)
+        self.make(name, actor_class, [(config, info, *arguments) for info in infos], env)
+
+    def workers(self) -> Workers:
+        """The groups, once they are started, as the stages see them."""
+        config, groups = self.config, self.groups
+        if "reward_model" in groups:
+            return Workers(reward_model=RewardModelGroup(config, groups["reward_model"]))
+        policy = PolicyGroup(config, groups["policy"])
         sampling = None
-        if engines is not None and pool is not None:
-            sampling = Sampling(RolloutGroup(config, engines, policy), RewardGroup(config, pool))
-        frozen = ReferenceGroup(config, reference, policy.hidden_size) if reference else None
-        yield Workers(policy=policy, reference=frozen, sampling=sampling)
+        if "rollout" in groups:
+            scorers = {
+                source.name: RewardScorerGroup(config, groups[_scorer(source)], policy.hidden_size)
+                for source in config.rewards.models
+            }
+            rewards = RewardGroup(config, groups.get("rewards"), scorers)
+            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy), rewards)
+        reference = groups.get("reference")
+        return Workers(
+            policy=policy,
+            critic=CriticGroup(critic_config(config), groups["critic"]) if "critic" in groups else None,
+            reference=ReferenceGroup(config, reference, policy.hidden_size) if reference else None,
+            sampling=sampling,
+        )
 
 
 def trainer_environment(device: str, threads: int) -> dict[str, str]:
@@ -204,37 +254,28 @@ def trainer_environment(device: str, threads: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _placed(config: Config) -> Iterator[dict[str, Slots]]:
-    """Reserve a bundle for every rank of every role in one placement group."""
-    roles = roles_of(config)
-    _check_fits(roles)
-    bundles = [role.resources for role in roles for _ in range(role.ranks)]
-    placement = placement_group(bundles, strategy="PACK")
+    """Reserve the bundles of the layout in one placement group; role -> where its ranks sit."""
+    layout = layout_of(config)
+    nodes = {node["NodeName"] + node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    if problem := shortage(layout, nodes):
+        raise UserError(f"placement: {problem}; {REMEDY}")
+    placement = placement_group(list(layout.bundles), strategy="PACK")
     try:
         if not placement.wait(config.timeouts.place):
             raise UserError(
-                f"ray: the cluster did not free {_shown(required(roles))} within {config.timeouts.place:.0f} s; "
-                f"free now: {_shown(ray.available_resources())}; "
-                "wait for other jobs, or lower ranks, engines or ray.cpus_per_rank"
+                f"placement: the cluster did not free {_shown(layout.bundles)} within {config.timeouts.place:.0f} s; "
+                f"free now: {_shown([ray.available_resources()])}; wait for other jobs, or {REMEDY}"
             )
-        firsts = [sum(r.ranks for r in roles[:i]) for i in range(len(roles))]
-        yield {r.name: Slots(placement, first, r.ranks, r.resources) for r, first in zip(roles, firsts, strict=True)}
+        yield {role: Slots(placement, seats) for role, seats in layout.seats.items()}
     finally:
         remove_placement_group(placement)
 
 
-def _check_fits(roles: list[Role]) -> None:
-    have, need = ray.cluster_resources(), required(roles)
-    short = {r: amount for r, amount in need.items() if have.get(r, 0.0) < amount}
-    if short:
-        table = ", ".join(f"{role.name}: {role.ranks} x {_shown(role.resources)}" for role in roles)
-        raise UserError(
-            f"ray: the run needs {_shown(need)} ({table}) but the whole cluster has {_shown(have)}; "
-            "add nodes, or lower ranks, engines or ray.cpus_per_rank"
-        )
-
-
-def _shown(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
+def _shown(bundles: Sequence[Mapping[str, float]]) -> str:
+    """Sum of resources that bundles name, in words."""
+    names = dict.fromkeys(name for bundle in bundles for name in bundle if name.isidentifier() and "node" not in name)
+    sums = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in names}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sums.items()) or "nothing"
 
 
 def _close_pool(pool: WorkerGroup) -> None:
@@ -244,17 +285,24 @@ def _close_pool(pool: WorkerGroup) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: actors do not share the controller's working directory."""
-    model = config.model.model_copy(update={"path": _absolute(config.model.path)})
-    distill = config.distill.model_copy(update={"teacher": _absolute(config.distill.teacher)})
-    functions = []
-    for entry in config.rewards.functions:
-        file, colon, name = entry.function.rpartition(":")
-        if file.endswith(".py"):
-            entry = entry.model_copy(update={"function": f"{Path(file).absolute()}{colon}{name}"})
-        functions.append(entry)
-    rewards = config.rewards.model_copy(update={"functions": functions})
-    return config.model_copy(update={"model": model, "distill": distill, "rewards": rewards})
+    rewards = config.rewards
+    functions = [entry.model_copy(update={"function": _absolute(entry.function)}) for entry in rewards.functions]
+    models = [source.model_copy(update={"path": _absolute(source.path)}) for source in rewards.models]
+    algorithm = {key: _absolute(getattr(config.algorithm, key)) for key in ("advantage", "loss")}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
+            "critic": config.critic.model_copy(update={"path": _absolute(config.critic.path)}),
+            "distill": config.distill.model_copy(update={"teacher": _absolute(config.distill.teacher)}),
+            "rewards": rewards.model_copy(update={"functions": functions, "models": models}),
+            "algorithm": config.algorithm.model_copy(update=algorithm),
+        }
+    )
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path and Path(path).is_dir() else path
+def _absolute(place: str) -> str:
+    """A folder, or `file.py:name`, from the root on; other names as they are."""
+    file, colon, name = place.rpartition(":")
+    if file.endswith(".py"):
+        return f"{Path(file).absolute()}{colon}{name}"
+    return str(Path(place).absolute()) if place and Path(place).is_dir() else place

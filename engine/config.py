@@ -6,11 +6,15 @@ Sizes are named for what they count: `prompts_per_step`, `samples_per_prompt`, `
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from engine.presets import PRESETS
 
 
 class UserError(ValueError):
@@ -156,12 +160,33 @@ def _from_function(value: Any) -> Any:
     return {"function": value} if isinstance(value, str) else value
 
 
+class ModelRewardConfig(Section):
+    """A reward model as a component of the reward. A bare string in the YAML is the `path`."""
+
+    path: Location
+    """Folder that a stage of the kind `reward_model` has made, or `stage:NAME`; its tokenizer is the policy's."""
+    name: str = Field(default="reward_model", pattern=NAME_PATTERN)
+    """Name in the metrics."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor in the summed reward; 0 measures only."""
+    normalize: bool = True
+    """Subtract the mean and divide by the standard deviation that its folder records."""
+    steps: Literal["min", "mean", "last", "product"] = "min"
+    """How a process reward model's chances of the steps become one number."""
+    ranks: Count = 1
+    """Data-parallel processes."""
+    threads: Count = 1
+    """CPU threads of each process."""
+
+
 class RewardsConfig(Section):
-    """Reward functions and the processes that run them."""
+    """Reward functions and the processes that run them; reward models."""
 
     functions: list[Annotated[RewardConfig, BeforeValidator(_from_function)]] = []
-    """The components; the reward of a sample is their weighted sum. Needed for `rl`; elsewhere they score held-out
-    answers."""
+    """The components; the reward of a sample is the weighted sum of these and of `models`. One of the two is needed
+    for `rl`; elsewhere they score held-out answers."""
+    models: list[Annotated[ModelRewardConfig, BeforeValidator(_from_path)]] = []
+    """Frozen reward models."""
     workers: Count = 1
     """Processes that run user functions."""
     timeout: Positive = 30.0
@@ -185,29 +210,116 @@ class CorrectionConfig(Section):
     """Lower bound."""
 
 
-class AlgorithmConfig(Section):
-    """The policy-gradient objective. The defaults are GRPO (arXiv:2402.03300) without a KL term."""
+Advantage = Literal["gae", "returns", "group_relative", "leave_one_out", "best_of_n", "best_vs_worst"]
+PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "reinforce", "preference"]
 
-    name: Literal["grpo"] = "grpo"
-    """Family of the advantage estimator and the loss."""
+
+class AlgorithmConfig(Section):
+    """The objective of reinforcement learning. A bare string in the YAML is the `name`."""
+
+    name: str = "grpo"
+    """Preset that says what the keys below are where they are not given: ppo, grpo, dr_grpo, rloo, reinforce_pp,
+    reinforce_pp_baseline, dapo, gspo, cispo, online_dpo, iterative_dpo, rejection_sampling."""
+    advantage: str = "group_relative"
+    """gae (with a critic), returns (reward-to-go), group_relative, leave_one_out, best_of_n (1 for a group's best; the
+    others are not trained), best_vs_worst (pairs for a preference loss), or your own: `pkg.mod:fn`, `file.py:fn`."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
-    """Divide group-centred rewards by the group's standard deviation, by nothing, or by the batch's."""
+    """group_relative: divide by the group's standard deviation, by nothing, or by the batch's."""
+    whiten_advantages: bool = False
+    """Mean 0 and variance 1 over all trained tokens of a step."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per token (gae, returns)."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """GAE's lambda: 1 trusts the rewards alone, 0 the critic."""
+    reward_clip: Positive | None = None
+    """Rewards are clipped into [-reward_clip, reward_clip] before anything is made of them."""
+    whiten_rewards: bool = False
+    """Mean 0 and variance 1 over a step's rewards, after the clipping."""
+    overlong_penalty: NonNegative = 0.0
+    """Taken off the reward of a response that is cut at the limit, in part as it comes near (arXiv:2503.14476)."""
+    overlong_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Last part of `rollout.max_new_tokens` over which that penalty grows from 0."""
+    dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds in which groups without differences are replaced by those of other prompts (arXiv:2503.14476)."""
+    loss: str = "ppo_clip"
+    """ppo_clip, gspo, cispo, reinforce, preference (on pairs; see the section `preference`), or your own: `pkg.mod:fn`,
+    `file.py:fn`."""
     clip_low: NonNegative = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegative = 0.2
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound on the loss of negative advantages (arXiv:1912.09729)."""
+    """ppo_clip: bound on the loss of negative advantages (arXiv:1912.09729)."""
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "seq-mean-token-mean"
     )
     """How per-token losses become one number; denominators are global."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy, per token, that is added to the objective."""
+    target_kl: Positive | None = None
+    """A step's further updates are left out once KL(policy that sampled || policy now), per token, is above this."""
+    reference: Literal["start", "step"] = "start"
+    """The policy that a KL term or a preference loss compares with: the starting one, or the one that sampled."""
     kl_coef: NonNegative = 0.0
-    """Weight of the KL to the starting policy in the loss; 0 starts no reference model."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """Per-token estimator of that KL in the loss (k1 would have no gradient in expectation)."""
+    """Weight of the KL to the reference; 0 starts no reference model for it."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL is counted: with a gradient of its own, or taken off each token's reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of that KL (k1 has no gradient in expectation, so not in the loss)."""
+    kl_target: Positive | None = None
+    """Steer `kl_coef` so that the KL of a whole sample, in nats, is about this (arXiv:1909.08593)."""
+    kl_horizon: Positive = 10_000.0
+    """Samples in which a steered `kl_coef` changes by 20 % at most."""
     correction: CorrectionConfig = CorrectionConfig()
     """Trainer-rollout mismatch correction."""
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages come from a value model."""
+        return self.advantage == "gae"
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether updates are made of pairs, a better and a worse answer to one prompt."""
+        return self.advantage == "best_vs_worst"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether one sample of a prompt alone teaches nothing."""
+        return self.advantage in ("group_relative", "leave_one_out", "best_of_n", "best_vs_worst")
+
+
+def _from_preset(value: Any) -> Any:
+    """The preset's values under those that are given."""
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        return value
+    name = given.get("name", "grpo")
+    if name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PRESETS)}"
+        raise ValueError(f"no algorithm is called {name!r}; {hint}")
+    return {**PRESETS[name], **given}
+
+
+class CriticConfig(Section):
+    """The value model and its actors; started only for `algorithm.advantage: gae`."""
+
+    path: Location = ""
+    """A reward model's folder (pairwise or ranking), or `stage:NAME`; empty is the policy's starting model with a value
+    head of zeros."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate; everything else of the optimizer is as for the policy."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the critic is trained."""
+    value_clip: Positive | None = 0.2
+    """A value may move this far from that at the step's start, in units of the return; null does not bound it."""
+    ranks: Count = 1
+    """Data-parallel processes."""
+    threads: Count = 1
+    """CPU threads of each process."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
 
 
 class RLConfig(Section):
@@ -324,6 +436,8 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Global gradient norm is clipped to this."""
+    stop_after_skipped: Count = 3
+    """Stop the run when so many updates in a row were skipped because the loss or the gradient was not finite."""
 
 
 class PolicyConfig(Section):
@@ -340,8 +454,11 @@ class PolicyConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The frozen starting policy's actors; started only when `algorithm.kl_coef` is not 0 and all weights are
+    """The frozen starting policy's actors; started only where `algorithm` compares with it and all weights are
     trained."""
+
+    measure: bool = False
+    """Measure the KL to the starting policy even where nothing depends on it."""
 
     ranks: Count = 1
     """Data-parallel processes."""
@@ -411,6 +528,22 @@ class RayConfig(Section):
     """Object store of a cluster of our own; None leaves it to Ray."""
 
 
+DeviceRole = Literal["policy", "critic", "reference", "reward_model", "rollout"]
+
+
+class PlacementConfig(Section):
+    """Which roles share devices. Checked against the cluster before anything starts."""
+
+    mode: Literal["separate", "packed", "turns"] = "separate"
+    """separate: a device for each rank of each role; packed: rank i of all roles of a group on one device, all in its
+    memory; turns: the same, but who does not work leaves the device's memory (vLLM sleeps, models are offloaded)."""
+    groups: list[list[DeviceRole]] = []
+    """Roles that share (packed, turns), e.g. `[[policy, critic], [rollout, reward_model]]`; empty is all of them in one
+    group, and roles in no group have devices of their own."""
+    device: str | None = None
+    """Ray's name of the resource that is one device; None is GPU on cuda, and CPUs alone on the cpu."""
+
+
 class TimeoutsConfig(Section):
     """Deadlines in seconds. No wait is without one; the error names who is late and what it was doing."""
 
@@ -459,8 +592,8 @@ class Config(Section):
     """Rewards."""
     rl: RLConfig = RLConfig()
     """Sizes of the reinforcement-learning loop."""
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    """Objective of reinforcement learning."""
+    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_from_preset)] = AlgorithmConfig()
+    """Objective of reinforcement learning: the name of a preset, or a section."""
     training: TrainingConfig = TrainingConfig()
     """Sizes of the other stages' loop."""
     sft: SFTConfig = SFTConfig()
@@ -475,6 +608,8 @@ class Config(Section):
     """Optimizer."""
     policy: PolicyConfig = PolicyConfig()
     """Trained actors."""
+    critic: CriticConfig = CriticConfig()
+    """Value model."""
     reference: ReferenceConfig = ReferenceConfig()
     """Frozen actors."""
     rollout: RolloutConfig = RolloutConfig()
@@ -487,6 +622,8 @@ class Config(Section):
     """Records."""
     ray: RayConfig = RayConfig()
     """Cluster."""
+    placement: PlacementConfig = PlacementConfig()
+    """Devices."""
     timeouts: TimeoutsConfig = TimeoutsConfig()
     """Deadlines."""
 
@@ -499,12 +636,32 @@ class Config(Section):
 
     def _checks(self) -> list[tuple[bool, str]]:
         """Every rule that concerns more than one field, or one whose remedy needs words: (broken, message)."""
-        checks = [*self._model_checks(), *self._loop_checks()]
+        checks = [*self._model_checks(), *self._loop_checks(), *self._placement_checks()]
         if self.generates:
             checks += self._generation_checks()
         if self.stage == "rl":
-            checks += self._rl_checks()
+            checks += [*self._rl_checks(), *self._algorithm_checks()]
         return checks
+
+    def _placement_checks(self) -> list[tuple[bool, str]]:
+        mode, roles = self.placement.mode, [role for group in self.placement.groups for role in group]
+        with_critic = self.stage == "rl" and self.algorithm.needs_critic
+        stages = [self.policy.zero_stage, *([self.critic.zero_stage] if with_critic else [])]
+        return [
+            (
+                mode == "separate" and bool(roles),
+                "placement.groups: roles share nothing with mode: separate; use packed or turns, or leave groups out",
+            ),
+            (
+                len(set(roles)) < len(roles),
+                "placement.groups: a role is named twice; keep it in one group",
+            ),
+            (
+                mode == "turns" and self.device == "cuda" and 0 in stages,
+                "placement.mode: turns on a GPU offloads the trained models through DeepSpeed, which needs ZeRO; set "
+                "policy.zero_stage (and critic.zero_stage) to 1, 2 or 3",
+            ),
+        ]
 
     def _model_checks(self) -> list[tuple[bool, str]]:
         model, adapter = self.model, self.model.adapter
@@ -584,7 +741,7 @@ class Config(Section):
     def _generation_checks(self) -> list[tuple[bool, str]]:
         rollout = self.rollout
         prompt_limit = self.data.max_prompt_tokens or 1
-        names = [f.name or f.function for f in self.rewards.functions]
+        names = [f.name or f.function for f in self.rewards.functions] + [m.name for m in self.rewards.models]
         return [
             (
                 rollout.max_new_tokens >= rollout.max_model_len,
@@ -608,18 +765,21 @@ class Config(Section):
             ),
             (
                 len(set(names)) < len(names),
-                "rewards.functions: two components have the same name; give each its own `name`",
+                "rewards: two components have the same name; give each its own `name`",
             ),
         ]
 
     def _rl_checks(self) -> list[tuple[bool, str]]:
         rl = self.rl
         return [
-            (not self.rewards.functions, "rewards.functions: is required: the reward functions, at least one"),
             (
-                rl.samples_per_prompt < 2,
-                "rl.samples_per_prompt: GRPO compares the samples of one prompt, and one alone has advantage 0; "
-                "set it to 2 or more (4 to 16 are usual)",
+                not self.rewards.functions and not self.rewards.models,
+                "rewards.functions: is required: the reward functions, at least one; or rewards.models",
+            ),
+            (
+                self.algorithm.compares_samples and rl.samples_per_prompt < 2,
+                f"rl.samples_per_prompt: {self.algorithm.name} compares the samples of one prompt, and one alone "
+                "teaches nothing; set it to 2 or more (4 to 16 are usual)",
             ),
             (
                 rl.minibatches_per_step > rl.prompts_per_step,
@@ -629,6 +789,58 @@ class Config(Section):
             (
                 self.algorithm.correction.floor >= self.algorithm.correction.cap,
                 "algorithm.correction.floor: must be below algorithm.correction.cap",
+            ),
+        ]
+
+    def _algorithm_checks(self) -> list[tuple[bool, str]]:
+        algorithm = self.algorithm
+        own = ":" in algorithm.advantage
+        pairs = algorithm.loss == "preference"
+        return [
+            (
+                not own and algorithm.advantage not in get_args(Advantage),
+                f"algorithm.advantage: {algorithm.advantage!r} is none of {', '.join(get_args(Advantage))}, and no "
+                "pkg.mod:fn or file.py:fn",
+            ),
+            (
+                ":" not in algorithm.loss and algorithm.loss not in get_args(PolicyLoss),
+                f"algorithm.loss: {algorithm.loss!r} is none of {', '.join(get_args(PolicyLoss))}, and no pkg.mod:fn "
+                "or file.py:fn",
+            ),
+            (
+                pairs != algorithm.trains_pairs,
+                "algorithm.loss: preference and algorithm.advantage: best_vs_worst go together; use both or neither",
+            ),
+            (
+                pairs and self.preference.loss == "kto",
+                "preference.loss: pairs of rollouts are not trained with kto; use sigmoid, ipo, hinge, robust, orpo or "
+                "simpo",
+            ),
+            (
+                pairs and (algorithm.kl_coef > 0 or algorithm.entropy_coef > 0),
+                "algorithm.kl_coef, algorithm.entropy_coef: a preference loss has no such term; set both to 0 "
+                "(preference.beta is the pull to the reference)",
+            ),
+            (
+                algorithm.kl_coef > 0 and algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1",
+                "algorithm.kl_estimator: k1 in the loss has no gradient in expectation; use k2 or k3, or kl_in: reward",
+            ),
+            (
+                algorithm.kl_target is not None and algorithm.kl_coef == 0,
+                "algorithm.kl_target: there is no KL term to steer; set algorithm.kl_coef above 0, where it starts",
+            ),
+            (
+                algorithm.reference == "step" and algorithm.kl_coef > 0 and self.updates_per_step == 1,
+                "algorithm.reference: the policy that sampled is the policy in training when a step is one update, and "
+                "their KL is 0; use start, or more updates (rl.minibatches_per_step, rl.epochs_per_step)",
+            ),
+            (
+                self.critic.warmup_steps > 0 and not algorithm.needs_critic,
+                "critic.warmup_steps: this algorithm has no critic; set it to 0",
+            ),
+            (
+                algorithm.needs_critic and self.critic.warmup_steps >= self.rl.steps,
+                "critic.warmup_steps: leaves no step of rl.steps in which the policy is trained; lower it",
             ),
         ]
 
@@ -654,13 +866,32 @@ class Config(Section):
         """Whether engines run: to learn from their samples, or to score answers to held-out prompts."""
         if self.stage == "reward_model":
             return False
-        scores_answers = bool(self.rewards.functions) and self.data.evaluation is not None
+        scored = bool(self.rewards.functions or self.rewards.models)
+        scores_answers = scored and self.data.evaluation is not None
         return self.stage in ("rl", "distill") or (self.stage != "pretrain" and scores_answers)
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """Every model that the stage reads: key -> folder, Hub name or `stage:NAME`; empty ones left out."""
+        paths = {"model.path": self.model.path}
+        if self.stage == "distill":
+            paths["distill.teacher"] = self.distill.teacher
+        if self.stage == "rl" and self.algorithm.needs_critic:
+            paths["critic.path"] = self.critic.path
+        paths |= {f"rewards.models.{i}.path": source.path for i, source in enumerate(self.rewards.models)}
+        return {key: path for key, path in paths.items() if path}
 
     @property
     def trains_adapter(self) -> bool:
         """Whether the model's own weights stay frozen."""
         return self.model.adapter.kind != "none"
+
+    @property
+    def compares_with_start(self) -> bool:
+        """Whether log-probs under the starting policy are needed in the reinforcement-learning loop."""
+        algorithm = self.algorithm
+        pairs = algorithm.loss == "preference" and self.preference.loss not in ("orpo", "simpo")
+        return self.reference.measure or (algorithm.reference == "start" and (algorithm.kl_coef > 0 or pairs))
 
     @property
     def updates_per_step(self) -> int:

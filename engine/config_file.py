@@ -106,17 +106,20 @@ def _pipeline(raw: dict[str, Any], problems: list[str]) -> PipelineConfig | None
 
 
 def _reference_problems(config: Config, earlier: Mapping[str, Config]) -> list[str]:
-    """`stage:NAME` must name a language model that an earlier stage makes."""
+    """`stage:NAME` must name a model of the right kind that an earlier stage makes."""
     problems = []
-    for key, path in (("model.path", config.model.path), ("distill.teacher", config.distill.teacher)):
+    for key, path in config.model_paths.items():
         name = path.removeprefix(STAGE_PREFIX)
         if name == path:
             continue
         if name not in earlier:
             known = ", ".join(earlier) or "none"
             problems.append(f"{key}: no earlier stage is called {name!r}; those before this one: {known}")
-        elif earlier[name].stage == "reward_model":
-            problems.append(f"{key}: stage {name!r} ends with a reward model, not a language model; name another")
+        elif (earlier[name].stage == "reward_model") == (key in ("model.path", "distill.teacher")):
+            ends, wanted = "a language model", "a reward model"
+            if earlier[name].stage == "reward_model":
+                ends, wanted = wanted, ends
+            problems.append(f"{key}: stage {name!r} ends with {ends}, not {wanted}; name another")
         elif earlier[name].trains_adapter and earlier[name].model.export == "adapter":
             problems.append(f"{key}: stage {name!r} saves an adapter alone; set its model.export: merged")
     return problems
@@ -137,7 +140,7 @@ def _validated(raw: dict[str, Any], where: tuple[str, ...], problems: list[str])
         problems += [f"{prefix}{line}" for e in error.errors() for line in _explain(e)]
         return None
     if not where:
-        for key, path in (("model.path", config.model.path), ("distill.teacher", config.distill.teacher)):
+        for key, path in config.model_paths.items():
             if path.startswith(STAGE_PREFIX):
                 problems.append(f"{key}: {path} names another stage, but the file has no `stages:`; give a folder")
     return config

@@ -38,12 +38,13 @@ from engine.tracking.tracker import Tracker
 
 CLEAN_UP_S = 15.0
 """An interrupted run ends within this time."""
-_OFFLINE: dict[str, Callable[[Config, Workers, Tracker, Plan], Stage]] = {
+_STAGES: dict[str, Callable[[Config, Workers, Tracker, Plan], Stage]] = {
     "pretrain": PretrainStage,
     "sft": SFTStage,
     "reward_model": RewardModelStage,
     "preference": PreferenceStage,
     "distill": DistillStage,
+    "rl": RLStage,
 }
 
 
@@ -92,8 +93,13 @@ def resolved(config: Config, models: Mapping[str, Path]) -> Config:
 
     start = str(start_folder(config)) if config.model.new is not None else path(config.model.path)
     model = config.model.model_copy(update={"path": start})
-    distill = config.distill.model_copy(update={"teacher": path(config.distill.teacher)})
-    return config.model_copy(update={"model": model, "distill": distill})
+    updates = {
+        "model": model,
+        "distill": config.distill.model_copy(update={"teacher": path(config.distill.teacher)}),
+        "critic": config.critic.model_copy(update={"path": path(config.critic.path)}),
+    }
+    scorers = [source.model_copy(update={"path": path(source.path)}) for source in config.rewards.models]
+    return config.model_copy(update=updates | {"rewards": config.rewards.model_copy(update={"models": scorers})})
 
 
 def _preflight(stages: Mapping[str, Config], missing: list[str]) -> dict[str, Plan]:
@@ -107,9 +113,9 @@ def _preflight(stages: Mapping[str, Config], missing: list[str]) -> dict[str, Pl
         config = resolved(stage, stand_ins)
         stand_ins[name] = Path(config.model.path)
         if name in missing:
-            unmade = stage.model.path.startswith(STAGE_PREFIX)
+            unmade = [key for key, path in stage.model_paths.items() if path.startswith(STAGE_PREFIX)]
             with _undone_on_error(config.run_dir):
-                plan = prepare(config, started=not unmade)
+                plan = prepare(config, unmade=unmade)
             if name == missing[0]:
                 plans[name] = plan
     return plans
@@ -137,7 +143,7 @@ def _check_order(stages: Mapping[str, Config], missing: list[str]) -> None:
         UserError: there is one.
     """
     for name, stage in stages.items():
-        for path in (stage.model.path, stage.distill.teacher):
+        for path in stage.model_paths.values():
             source = path.removeprefix(STAGE_PREFIX)
             if source != path and source in missing and name not in missing:
                 raise UserError(
@@ -235,7 +241,7 @@ def _run_stage(given: Config, models: Mapping[str, Path], plan: Plan | None, con
         from engine.cluster import started_workers
 
         with started_workers(config, updates=plan.updates, annotators=len(plan.annotators)) as workers:
-            stage = _stage(config, workers, tracker, plan)
+            stage = _STAGES[config.stage](config, workers, tracker, plan)
             result = Loop(config, stage, tracker, checkpoints).run(resumed)
         write_result(config.run_dir, result.record())
         status = "succeeded"
@@ -279,12 +285,6 @@ def _note_start(
         tracker.note(f"goes on from the checkpoint of step {resumed.step}")
     elif begun:
         tracker.note("was begun before and left no checkpoint; starts over")
-
-
-def _stage(config: Config, workers: Workers, tracker: Tracker, plan: Plan) -> Stage:
-    if config.stage == "rl":
-        return RLStage(config, workers, tracker, plan.train_prompts, plan.held_out_prompts)
-    return _OFFLINE[config.stage](config, workers, tracker, plan)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from engine.config import Config, SourceConfig, UserError
@@ -48,11 +50,11 @@ class Plan:
     """Perplexity of n-gram models of the training text on the held-out text."""
 
 
-def prepare(config: Config, *, started: bool = True) -> Plan:
-    """Check model folder, tokenizer, reward functions and every data row.
+def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
+    """Check model folders, tokenizer, reward functions and every data row.
 
-    `started` is False while `config.model.path` stands for a model that an earlier stage will make: its tokenizer and
-    configuration are there, its weights are not.
+    `unmade` are the keys of `config.model_paths` that stand for models which earlier stages will make: tokenizer and
+    configuration are there, weights are not.
 
     Raises:
         UserError: with what is wrong, where, and how to mend it.
@@ -61,10 +63,13 @@ def prepare(config: Config, *, started: bool = True) -> Plan:
     if config.model.new is not None:
         make_start(config)
     else:
-        check_model(config, weights=started)
+        check_model(config, weights="model.path" not in unmade)
     tokenizer = load_tokenizer(config)
     if config.stage == "distill":
         _check_teacher(config, tokenizer)
+    for key, path in config.model_paths.items():
+        if key == "critic.path" or key.startswith("rewards.models"):
+            _check_reward_model(config, key, path, tokenizer, made=key not in unmade)
     if config.stage == "rl":
         return _prompts_plan(config, tokenizer)
     if config.stage == "pretrain":
@@ -210,6 +215,24 @@ def _with_annotators(config: Config, prepared: PreparedExamples, known: tuple[st
         for e in prepared.examples
     ]
     return replace(prepared, examples=examples, annotators=names)
+
+
+def _check_reward_model(config: Config, key: str, path: str, tokenizer: Any, *, made: bool) -> None:
+    """A folder of the reward-model stage, whose tokens are the policy's.
+
+    Raises:
+        UserError: it is not.
+    """
+    record = Path(path) / "reward_model.json"
+    if made and not record.is_file():
+        raise UserError(f"{key}: {path} is no reward model of Gnomon's: it has no {record.name}; train one first")
+    if made and key == "critic.path" and json.loads(record.read_text())["kind"] == "process":
+        raise UserError(f"{key}: {path} scores steps, not responses; use a pairwise or ranking reward model, or none")
+    if load_tokenizer(config, path=path, key=key).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{key}: {path} has another vocabulary than {config.model.path}, so it cannot read the policy's tokens; "
+            "use a reward model made from the same family"
+        )
 
 
 def _check_teacher(config: Config, tokenizer: Any) -> None:

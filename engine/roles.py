@@ -68,7 +68,7 @@ class Trained(Protocol):
     """What every trained model does."""
 
     def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
-        """One optimizer update per minibatch; returns metrics."""
+        """One optimizer update per minibatch; returns metrics, `.../skipped_updates` (not finite) among them."""
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format, whole or not at all; a reward model's `record` beside it."""
@@ -103,6 +103,13 @@ class RewardModel(Trained, Protocol):
         """[T] float32: scores at the scored tokens, 0 elsewhere."""
 
 
+class Critic(Trained, Protocol):
+    """The value model."""
+
+    def values(self, batch: Batch) -> np.ndarray:
+        """[T] float32: values of the states before each trained token, 0 elsewhere."""
+
+
 class Reference(Protocol):
     """The frozen starting policy."""
 
@@ -111,7 +118,7 @@ class Reference(Protocol):
 
 
 class Rewards(Protocol):
-    """The user's reward functions."""
+    """Reward functions and reward models."""
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
         """Start scoring; results come from `collect`."""
@@ -134,6 +141,8 @@ class Workers:
 
     policy: Policy | None = None
     """The language model in training."""
+    critic: Critic | None = None
+    """The value model, where advantages come from one."""
     reward_model: RewardModel | None = None
     """The reward model in training, in a stage of that kind."""
     reference: Reference | None = None

@@ -127,6 +127,52 @@ def leave_one_out(scores_B: torch.Tensor, group_ids: GroupIds) -> torch.Tensor:
 
 
 @torch.no_grad()
+def best_of_n(scores_B: torch.Tensor, group_ids: GroupIds) -> torch.Tensor:
+    """[B] weights of rejection sampling (best-of-n; RAFT, Dong et al. 2023, arXiv:2304.06767).
+
+    1 for the best sample of each group, shared equally by those that tie for it, and 0 for the others. A group of one
+    sample, and a group whose scores are all equal, gets exactly 0: nothing was better than anything else.
+
+    Args:
+        scores_B: [B] finite scores.
+        group_ids: [B] any integers in any order; equal ids are one group.
+
+    Raises:
+        ValueError: if there is not one group id per score.
+    """
+    index_B, high_G, low_G = _groups(scores_B, group_ids)
+    best_B = scores_B == high_G[index_B]
+    ties_B = _group_sums(best_B.long(), index_B)[index_B]
+    return (best_B.to(scores_B.dtype) / ties_B).masked_fill((high_G == low_G)[index_B], 0)
+
+
+@torch.no_grad()
+def best_and_worst(scores_B: torch.Tensor, group_ids: GroupIds) -> torch.Tensor:
+    """[N, 2] int64: positions of the best and the worst sample of each group whose scores differ.
+
+    They are the pairs of online DPO (Guo et al. 2024, arXiv:2402.04792). Groups come in the order in which they first
+    appear; of equal scores the first position counts. A group of one sample makes no pair.
+
+    Args:
+        scores_B: [B] finite scores.
+        group_ids: [B] any integers in any order; equal ids are one group.
+
+    Raises:
+        ValueError: if there is not one group id per score.
+    """
+    index_B, high_G, low_G = _groups(scores_B, group_ids)
+    position_B = torch.arange(len(scores_B), device=scores_B.device)
+
+    def first(wanted_B: torch.Tensor) -> torch.Tensor:
+        at_B = position_B.masked_fill(~wanted_B, len(scores_B))
+        return torch.zeros_like(high_G, dtype=torch.int64).scatter_reduce(0, index_B, at_B, "amin", include_self=False)
+
+    best_G, worst_G = first(scores_B == high_G[index_B]), first(scores_B == low_G[index_B])
+    order_G = first(torch.ones_like(position_B, dtype=torch.bool)).argsort()
+    return torch.stack([best_G, worst_G], 1)[order_G][(high_G > low_G)[order_G]]
+
+
+@torch.no_grad()
 def whiten(x_T: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
     """[T] (x - mean) / sqrt(unbiased variance + eps), as PPO does with advantages (arXiv:2403.17031).
 
@@ -157,16 +203,22 @@ def _deviations(
     scores_B: torch.Tensor, group_ids: GroupIds
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per sample: score - group mean, size of its group, index of its group, whether its group's scores are equal."""
+    index_B, high_G, low_G = _groups(scores_B, group_ids)
+    size_G = torch.bincount(index_B, minlength=len(high_G))
+    mean_G = _group_sums(scores_B, index_B) / size_G
+    return scores_B - mean_G[index_B], size_G[index_B], index_B, (high_G == low_G)[index_B]
+
+
+def _groups(scores_B: torch.Tensor, group_ids: GroupIds) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index of each sample's group [B], and each group's highest and lowest score [G]."""
     ids_B = group_ids if isinstance(group_ids, torch.Tensor) else torch.tensor(group_ids, dtype=torch.int64)
     if scores_B.dim() != 1 or ids_B.shape != scores_B.shape:
         raise ValueError(f"group_ids must be one per score: {list(ids_B.shape)} for {list(scores_B.shape)}")
     groups_G, index_B = torch.unique(ids_B.to(scores_B.device), return_inverse=True)
-    size_G = torch.bincount(index_B, minlength=len(groups_G))
     empty_G = scores_B.new_zeros(len(groups_G))
     high_G = empty_G.scatter_reduce(0, index_B, scores_B, "amax", include_self=False)
     low_G = empty_G.scatter_reduce(0, index_B, scores_B, "amin", include_self=False)
-    mean_G = _group_sums(scores_B, index_B) / size_G
-    return scores_B - mean_G[index_B], size_G[index_B], index_B, (high_G == low_G)[index_B]
+    return index_B, high_G, low_G
 
 
 def _group_sums(x_B: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:

@@ -68,10 +68,22 @@ def checked_lens(seq_lens: Lengths, x_T: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if `x_T` is not flat, or the lengths are negative or do not add up to its size.
     """
-    lens_B = seq_lens if isinstance(seq_lens, torch.Tensor) else torch.tensor(seq_lens, dtype=torch.int64)
-    if x_T.dim() != 1 or int(lens_B.sum()) != len(x_T) or bool((lens_B < 0).any()):
-        raise ValueError(f"seq_lens must be >= 0 and add up to the tokens: {lens_B.tolist()} for {list(x_T.shape)}")
-    return lens_B.to(device=x_T.device, dtype=torch.int64)
+    lens_B = as_lens(seq_lens)
+    if x_T.dim() != 1 or int(lens_B.sum()) != len(x_T):
+        raise ValueError(f"seq_lens must add up to the tokens: {lens_B.tolist()} for {list(x_T.shape)}")
+    return lens_B.to(device=x_T.device)
+
+
+def as_lens(seq_lens: Lengths) -> torch.Tensor:
+    """`seq_lens` as int64 [B].
+
+    Raises:
+        ValueError: if a length is negative.
+    """
+    lens_B = seq_lens.long() if isinstance(seq_lens, torch.Tensor) else torch.tensor(seq_lens, dtype=torch.int64)
+    if bool((lens_B < 0).any()):
+        raise ValueError(f"seq_lens must be at least 0: {lens_B.tolist()}")
+    return lens_B
 
 
 def sum_per_sample(x_T: torch.Tensor, lens_B: torch.Tensor) -> torch.Tensor:

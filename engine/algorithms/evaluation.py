@@ -51,7 +51,7 @@ def mean_and_standard_error(values: Sequence[float] | np.ndarray) -> tuple[float
         values: at least one number.
 
     Returns:
-        (mean, standard error); the standard error of a single value is NaN.
+        (mean, standard error); the standard error of a single value is NaN, of equal ones exactly 0.
 
     Raises:
         ValueError: for no value.
@@ -59,8 +59,10 @@ def mean_and_standard_error(values: Sequence[float] | np.ndarray) -> tuple[float
     values_P = np.asarray(values, dtype=np.float64)
     if values_P.size == 0:
         raise ValueError("there is nothing to average: the evaluation has no prompt")
-    error = float(values_P.std(ddof=1)) / math.sqrt(values_P.size) if values_P.size > 1 else math.nan
-    return float(values_P.mean()), error
+    if values_P.size == 1:
+        return float(values_P[0]), math.nan
+    deviation = float(values_P.std(ddof=1)) if values_P.min() < values_P.max() else 0.0
+    return float(values_P.mean()), deviation / math.sqrt(values_P.size)
 
 
 def calibration_error(

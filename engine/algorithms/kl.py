@@ -86,8 +86,11 @@ class AdaptiveKL:
         """value *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_steps / horizon.
 
         Raises:
-            ValueError: if kl is NaN; the value stays.
+            ValueError: if kl is NaN, or if so many steps at once could turn the coefficient negative, which would
+                reward the distance; the value stays.
         """
+        if 0.2 * num_steps >= self.horizon:
+            raise ValueError(f"num_steps must be below 5 * horizon, but is {num_steps} for a horizon of {self.horizon}")
         if math.isnan(kl):
             raise ValueError("kl is NaN: skip the update of the coefficient together with that of the policy")
         error = min(max(kl / self.target - 1, -0.2), 0.2)

@@ -37,7 +37,8 @@ def token_logprobs(
         chunk_tokens: C; the work memory is about 2 * C * V numbers.
 
     Returns:
-        (logp_T, entropy_T), float32 or float64; the entropy, in nats, carries no gradient.
+        (logp_T, entropy_T), float32 or float64, the entropy in nats. Both carry a gradient; that of the entropy is
+        computed only if the loss uses it.
 
     Raises:
         ValueError: for sizes that do not fit together, a temperature that is not positive, or an empty chunk.
@@ -90,26 +91,28 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(hidden_T, weight, targets_T)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.set_materialize_grads(False)
         dtype = compute_dtype(hidden_T, weight)
-        weight = weight.to(dtype)
+        whole_weight = weight.to(dtype)
         logp_T = hidden_T.new_empty(len(hidden_T), dtype=dtype)
         entropy_T = torch.empty_like(logp_T)
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), chunk_tokens):
-                logp_CV = _log_softmax(hidden_T[span].to(dtype), weight, temperature)
+                logp_CV = _log_softmax(hidden_T[span].to(dtype), whole_weight, temperature)
                 logp_T[span] = logp_CV.gather(1, targets_T[span, None])[:, 0]
                 entropy_T[span] = -logp_CV.exp().mul_(logp_CV).sum(1)
-        ctx.mark_non_differentiable(entropy_T)
+        ctx.save_for_backward(hidden_T, weight, targets_T, entropy_T)
         return logp_T, entropy_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, grad_logp_T: torch.Tensor, grad_entropy_T: torch.Tensor
+        ctx: Any, grad_logp_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        hidden_T, weight, targets_T = ctx.saved_tensors
+        hidden_T, weight, targets_T, entropy_T = ctx.saved_tensors
+        if grad_logp_T is None:
+            grad_logp_T = torch.zeros_like(entropy_T)
         dtype = compute_dtype(hidden_T, weight)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_T = torch.empty_like(hidden_T) if wants_hidden else None
@@ -119,8 +122,14 @@ class _TokenLogprobs(torch.autograd.Function):
             for span in chunk_spans(len(hidden_T), ctx.chunk_tokens):
                 hidden_C = hidden_T[span].to(dtype)
                 scale_C1 = grad_logp_T[span, None] / ctx.temperature
-                # d logp(target) / d logits = onehot(target) - softmax
-                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature).exp_().mul_(-scale_C1)
+                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature)
+                # With p the softmax: d logp(target) / d logits = onehot(target) - p
+                if grad_entropy_T is None:
+                    grad_CV.exp_().mul_(-scale_C1)
+                else:  # d entropy / d logits = -p (log p + entropy)
+                    p_CV = grad_CV.exp()
+                    grad_CV.add_(entropy_T[span, None]).mul_(grad_entropy_T[span, None] / ctx.temperature)
+                    grad_CV.add_(scale_C1).mul_(p_CV).neg_()
                 grad_CV.scatter_add_(1, targets_T[span, None], scale_C1)
                 if grad_hidden_T is not None:
                     grad_hidden_T[span] = (grad_CV @ whole_weight).to(hidden_T.dtype)

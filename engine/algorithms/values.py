@@ -1,4 +1,4 @@
-"""The critic's loss, per token.
+"""The critic's loss, per token, and how much its values explain.
 
 Legend: T response tokens of all samples, one sample after the other.
 """
@@ -34,3 +34,29 @@ def clipped_value_loss(
     old_values_T, returns_T = old_values_T.detach(), returns_T.detach()
     clipped_T = values_T.clamp(old_values_T - clip, old_values_T + clip)
     return 0.5 * torch.maximum((values_T - returns_T).square(), (clipped_T - returns_T).square())
+
+
+@torch.no_grad()
+def explained_variance(values_T: torch.Tensor, returns_T: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for perfect values, 0 for a constant, below 0 for worse than that.
+
+    Computed in float64; a metric of PPO's reference implementation (arXiv:2403.17031). An error that is the same for
+    every token is not seen.
+
+    Args:
+        values_T: [T] values that the critic gave.
+        returns_T: [T] what it should have given.
+
+    Returns:
+        0.0 where the returns do not vary (or there are none): nothing is there to be explained.
+
+    Raises:
+        ValueError: for inputs of different sizes.
+    """
+    if returns_T.shape != values_T.shape:
+        raise ValueError(f"one number per token is needed: {list(returns_T.shape)} for {list(values_T.shape)}")
+    values_T, returns_T = values_T.double(), returns_T.double()
+    if len(returns_T) == 0 or returns_T.max() == returns_T.min():
+        return 0.0
+    variance = float(returns_T.var(correction=0))
+    return 1 - float((returns_T - values_T).var(correction=0)) / variance if variance > 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,22 @@ def _read_steps(row: dict[str, Any]) -> tuple[list[str], list[float]]:
         if not 0 <= label <= 1:
             raise RowError(f"column 'labels': label {i} must be true or false, or from 0 to 1, is {listed[i]!r}")
     return steps, labels
+
+
+def step_ends(token_ids: Sequence[int], tokenizer: Any, separator: str) -> list[int]:
+    """Positions of the last token of each step of a response, at least one.
+
+    A step ends with the token that completes a separator; what follows the last one is a step too, unless it is blank
+    or special tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    pieces = ["" if token in special else tokenizer.decode([token]) for token in token_ids]
+    text = "".join(pieces)
+    after_T = np.cumsum([len(piece) for piece in pieces])
+    ends, start = [], 0
+    while separator and (found := text.find(separator, start)) >= 0:
+        start = found + len(separator)
+        ends.append(int(np.searchsorted(after_T, start)))
+    if text[start:].strip():
+        ends.append(int(np.searchsorted(after_T, len(text.rstrip()))))
+    return list(dict.fromkeys(ends)) or [len(token_ids) - 1]

@@ -36,6 +36,7 @@ Outcome = dict[str, float] | str
 """Components of one sample (NaN: no opinion), or why what was returned is not a reward."""
 
 _SETTINGS = "__gnomon_reward__"
+NO_REWARD = "no_reward"
 _FLOAT32_MAX = 3.4028234663852886e38
 _BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
 _NOT_PASSED = {"prompt", "completion", "completion_ids"}
@@ -114,6 +115,8 @@ class Sample:
     """Tokens of the response."""
     completion_ids: tuple[int, ...] = ()
     """Token ids of the response."""
+    prompt_ids: tuple[int, ...] = ()
+    """Token ids of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,33 @@ class Scores:
     """[B] float32: weighted sum over the functions that have an opinion; NaN where dropped."""
     dropped: dict[int, str] = field(default_factory=dict)
     """Position in the batch -> "reward_error", "reward_timeout", "reward_overflow" (the weighted sum is too large for a
-    32-bit float), or "no_reward" (no function had an opinion)."""
+    32-bit float), "reward_not_finite" (a reward model gave NaN), or "no_reward" (nobody had an opinion)."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """Failed attempts: kind, function, sample_id (None for a call over several samples), attempt (from 1), message."""
+
+    @staticmethod
+    def without_opinion(count: int) -> Scores:
+        """Of samples that nobody has scored yet."""
+        return Scores({}, np.full(count, np.nan, np.float32), dict.fromkeys(range(count), NO_REWARD))
+
+    def plus(self, name: str, values_B: np.ndarray, weight: float, sample_ids: Sequence[int]) -> Scores:
+        """With another component, [B]. A sample whose value is not finite is dropped as "reward_not_finite"."""
+        broken = [int(position) for position in np.flatnonzero(~np.isfinite(values_B))]
+        dropped = {position: reason for position, reason in self.dropped.items() if reason != NO_REWARD}
+        dropped |= {position: "reward_not_finite" for position in broken if position not in dropped}
+        totals_B = np.where(np.isnan(self.totals), 0, self.totals) + np.float32(weight) * values_B
+        totals_B[list(dropped)] = np.nan
+        incidents = [
+            {"kind": "reward_not_finite", "function": name, "sample_id": sample_ids[position], "attempt": 1}
+            | {"message": f"the reward model gave {values_B[position]}"}
+            for position in broken
+        ]
+        return Scores(
+            components=self.components | {name: np.where(np.isfinite(values_B), values_B, np.nan)},
+            totals=totals_B.astype(np.float32),
+            dropped=dict(sorted(dropped.items())),
+            incidents=self.incidents + incidents,
+        )
 
 
 @dataclass(frozen=True)
@@ -342,10 +369,10 @@ def resolve_all(rewards: RewardsConfig) -> list[RewardFunction]:
         UserError: as `resolve`, or two components have one name.
     """
     functions = [resolve(config, rewards) for config in rewards.functions]
-    names = [f.name for f in functions]
+    names = [f.name for f in functions] + [model.name for model in rewards.models]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
-        raise UserError(f"rewards.functions: two components are named {twice!r}; give each entry its own name")
+        raise UserError(f"rewards: two components are named {twice!r}; give each entry its own name")
     return functions
 
 

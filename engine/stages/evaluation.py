@@ -58,6 +58,12 @@ def evaluate_answers(
         "eval/prompts": float(answered.sum()),
         "eval/response_length": float(np.mean([len(g.token_ids) for group in groups for g in group.generations])),
     }
+    names = sorted({name for group in groups for name in group.scores.components})
+    for name in names if len(names) > 1 else []:
+        values = [group.scores.components[name] for group in groups if name in group.scores.components]
+        held = [float(np.nanmean(v)) for v in values if not np.isnan(v).all()]
+        if held:
+            metrics[f"eval/reward/{name}"], metrics[f"eval/reward/{name}_se"] = mean_and_standard_error(held)
     for size in sorted({1, k}):
         enough = counts >= size
         if enough.any():

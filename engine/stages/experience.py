@@ -29,9 +29,18 @@ class Group:
     generations: list[Generation]
     scores: Scores
 
+    def dropped(self) -> dict[int, str]:
+        """Position of each sample that cannot be trained on, and why."""
+        broken = [i for i, g in enumerate(self.generations) if not np.isfinite(g.logprobs).all()]
+        return dict.fromkeys(broken, "logp_not_finite") | self.scores.dropped
+
     def kept(self) -> list[int]:
-        """Positions of the samples that have a reward."""
-        return [i for i in range(len(self.sample_ids)) if i not in self.scores.dropped]
+        """Positions of the samples that can be trained on."""
+        return [i for i in range(len(self.sample_ids)) if i not in self.dropped()]
+
+    def differs(self) -> bool:
+        """Whether the samples that can be trained on have different rewards."""
+        return bool(np.ptp(self.scores.totals[self.kept()]) > 0) if self.kept() else False
 
 
 def sample_seeds(*key: int, count: int) -> tuple[int, ...]:
@@ -89,6 +98,7 @@ def _samples(prompt: Prompt, ids: Sequence[int], generations: Sequence[Generatio
             finish_reason=generation.finish_reason,
             num_tokens=len(generation.token_ids),
             completion_ids=generation.token_ids,
+            prompt_ids=prompt.token_ids,
         )
         for sample_id, generation in zip(ids, generations, strict=True)
     ]
@@ -96,7 +106,7 @@ def _samples(prompt: Prompt, ids: Sequence[int], generations: Sequence[Generatio
 
 def no_reward_error(groups: Sequence[Group]) -> UserError:
     """What to say when no sample has a reward."""
-    reasons = Counter(reason for group in groups for reason in group.scores.dropped.values())
+    reasons = Counter(reason for group in groups for reason in group.dropped().values())
     messages = [i["message"] for group in groups for i in group.scores.incidents]
     last = f"; the last failure: {messages[-1]}" if messages else ""
     return UserError(

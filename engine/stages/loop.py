@@ -8,7 +8,7 @@ A checkpoint is taken after a step's evaluation, so a run that goes on from it r
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,8 @@ class Stage(Protocol):
         """How many steps there are."""
 
     @property
-    def trained(self) -> Trained:
-        """The model in training."""
+    def models(self) -> Mapping[str, Trained]:
+        """The models in training, by the folders of their checkpoints."""
 
     def begin(self, step: int) -> None:
         """Before the first step, or the first after a restart from the checkpoint of this step."""
@@ -108,7 +108,8 @@ class Loop:
         stage, total = self.stage, self.stage.total_steps
         first = resumed.step if resumed else 0
         if resumed:
-            stage.trained.load_state(resumed.folder)
+            for name, trained in stage.models.items():
+                trained.load_state(resumed.folder / name)
             stage.load_state(resumed.state["stage"])
         stage.begin(first)
         before = resumed.state["before"] if resumed else self._evaluate(0)
@@ -146,7 +147,8 @@ class Loop:
     def _checkpoint(self, step: int, before: dict[str, float]) -> None:
         state = {"stage": self.stage.state(), "before": before}
         with self.checkpoints.writing(step, state) as folder:
-            self.stage.trained.save_state(folder.absolute())
+            for name, trained in self.stage.models.items():
+                trained.save_state(folder.absolute() / name)
 
 
 def _falls_on(step: int, every: int) -> bool:

@@ -19,6 +19,7 @@ from engine.data.sampler import RowSampler
 from engine.plan import Plan
 from engine.roles import Trained, Workers
 from engine.stages.evaluation import evaluate_answers, evaluate_text
+from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
 
@@ -29,6 +30,8 @@ class OfflineStage(ABC):
     def __init__(self, config: Config, workers: Workers, tracker: Tracker, plan: Plan, trained: Trained) -> None:
         self.config = config
         self.trained = trained
+        self.models = {"model": trained}
+        self.guard = NumericsGuard(tracker, stop_after=config.optimizer.stop_after_skipped)
         self._policy = workers.policy
         self.sampling = workers.sampling
         self.tracker = tracker
@@ -52,7 +55,7 @@ class OfflineStage(ABC):
         with self.watch.timed("batch"):
             batch = self.batch(rows, step)
         with self.watch.timed("update"):
-            metrics = self.trained.update([batch])
+            metrics = self.guard.update(self.trained, [batch], step)
         return metrics | {
             "rollout/tokens": float(len(batch.tokens)),
             "train/tokens_in_loss": float(batch.loss_mask.sum()),

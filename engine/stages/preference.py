@@ -64,9 +64,6 @@ class PreferenceStage(OfflineStage):
             batch = batch.label(ref_logp=self.reference["train"][positions].astype(np.float32))
         if self.kto:
             batch = batch.label(kl_baseline=np.full(len(batch), self._kl_baseline(rows), np.float32))
-        else:
-            chosen_tokens = batch.response_lens[0::2].sum()
-            batch = batch.label(chosen_tokens=np.full(len(batch), chosen_tokens, np.float32))
         return batch
 
     def _kl_baseline(self, rows: Sequence[int]) -> float:

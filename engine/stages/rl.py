@@ -1,9 +1,10 @@
-"""Online reinforcement learning: generate, score, compare within groups, update, publish.
+"""Online reinforcement learning: generate, score, compare, update, publish.
 
-    prompts --> engines --(finished groups)--> rewards --> advantages --> policy update --> publish --> engines
+    prompts --> engines --(finished groups)--> rewards --> advantages --> critic, policy --> publish --> engines
 
-The controller waits for the slowest group of a step and its rewards, then for the update; each wait has a deadline.
-Strictly on-policy: every token of a step was sampled from the weights that the step updates.
+The controller waits for the slowest group of a step and its rewards, then for the updates; each wait has a deadline.
+Strictly on-policy: every token of a step was sampled from the weights that the step updates. What an algorithm is, is
+said by the knobs of `AlgorithmConfig`; engine/presets.py names the usual settings of them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.algorithms.advantages import group_relative
-from engine.config import Config
+from engine.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
+from engine.algorithms.values import explained_variance
+from engine.config import AlgorithmConfig, Config
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
 from engine.data.sampler import RowSampler
-from engine.roles import SamplingSettings, Workers
+from engine.plan import Plan
+from engine.roles import SamplingSettings, Trained, Workers
 from engine.schedule.ledger import SampleLedger
+from engine.stages.advantage import with_advantages
 from engine.stages.evaluation import evaluate_answers
-from engine.stages.experience import Group, collect_groups, sample_seeds, to_batch
+from engine.stages.experience import Group, collect_groups, no_reward_error, sample_seeds, to_batch
+from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
 
@@ -34,27 +39,24 @@ FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 class RLStage:
     """The loop of an online algorithm and what it keeps between steps."""
 
-    def __init__(
-        self,
-        config: Config,
-        workers: Workers,
-        tracker: Tracker,
-        train_prompts: Sequence[Prompt],
-        held_out_prompts: Sequence[Prompt],
-    ) -> None:
+    def __init__(self, config: Config, workers: Workers, tracker: Tracker, plan: Plan) -> None:
         assert workers.policy is not None, "the cluster starts what roles_of names"
         assert workers.sampling is not None
         self.config = config
-        self.trained = self.policy = workers.policy
+        self.policy = workers.policy
+        self.critic = workers.critic
         self.reference = workers.reference
         self.sampling = workers.sampling
         self.tracker = tracker
+        self.models: dict[str, Trained] = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
         self.name = config.algorithm.name
         self.total_steps = config.rl.steps
-        self.train_prompts = train_prompts
-        self.held_out_prompts = held_out_prompts
-        self.sampler = RowSampler(len(train_prompts), seed=config.seed)
+        self.train_prompts = plan.train_prompts
+        self.held_out_prompts = plan.held_out_prompts
+        self.sampler = RowSampler(len(self.train_prompts), seed=config.seed)
         self.ledger = SampleLedger()
+        self.kl = kl_controller(config.algorithm)
+        self.guard = NumericsGuard(tracker, stop_after=config.optimizer.stop_after_skipped)
         self.settings = SamplingSettings(
             config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
         )
@@ -65,15 +67,19 @@ class RLStage:
         self.sampling.rollouts.publish(step)
 
     def step(self, step: int) -> dict[str, float]:
-        """Generate, score, compare within groups, update, publish."""
-        groups = self._rollout(step)
-        batch = self._experience(groups)
-        batch = self._annotate(batch)
-        batch = self._advantages(batch)
-        metrics = self._update(batch, step)
-        metrics |= self.sampling.rollouts.publish(step)
-        self._record(step, groups)
-        return metrics | self._measures(groups, batch) | self.watch.lap()
+        """Generate, score, compare, update, publish."""
+        drawn, groups = self._rollout(step)
+        metrics = self._measures(drawn)
+        if groups:
+            batch = self._annotate(to_batch(groups))
+            metrics |= self._measure_kl(batch)
+            if self.guard.check(batch, step):
+                metrics |= self._learn(batch, step)
+        self._settle(metrics)
+        if metrics.get("policy/updates", 0) > 0:
+            metrics |= self.sampling.rollouts.publish(step)
+        self._record(step, drawn)
+        return metrics | self.watch.lap()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Rewards of answers to held-out prompts."""
@@ -86,59 +92,103 @@ class RLStage:
         self.policy.save(folder)
 
     def state(self) -> dict[str, Any]:
-        """Order of prompts, account of samples."""
-        return {"sampler": self.sampler.state_dict(), "ledger": self.ledger.state_dict()}
+        """Order of prompts, account of samples, weight of the KL."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "kl_coef": self.kl.value,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.sampler.load_state_dict(state["sampler"])
         self.ledger.load_state_dict(state["ledger"])
+        self.kl.value = state["kl_coef"]
 
-    def _rollout(self, step: int) -> list[Group]:
-        """A step's groups, generated and scored."""
-        rl = self.config.rl
-        prompts = [self.train_prompts[i] for i in self.sampler.next(rl.prompts_per_step)]
-        ids = [self.ledger.admit(rl.samples_per_prompt) for _ in prompts]
-        seeds = [sample_seeds(self.config.seed, step, i, count=rl.samples_per_prompt) for i in range(len(prompts))]
+    def _rollout(self, step: int) -> tuple[list[Group], list[Group]]:
+        """A step's groups, generated and scored: all that were drawn, and those that are to be trained.
+
+        With dynamic sampling (arXiv:2503.14476) groups whose rewards do not differ are replaced by those of other
+        prompts, as long as there are rounds left; what was accepted by then is kept.
+        """
+        algorithm, wanted = self.config.algorithm, self.config.rl.prompts_per_step
+        rounds_left = 1 + algorithm.dynamic_sampling_rounds
+        drawn: list[Group] = []
+        accepted: list[Group] = []
         with self.watch.timed("rollout"):
-            return collect_groups(self.sampling, self.tracker, prompts, ids, seeds, self.settings)
+            while len(accepted) < wanted and rounds_left > 0:
+                rounds_left -= 1
+                for group in self._draw(step, first=len(drawn), count=wanted - len(accepted)):
+                    drawn.append(group)
+                    reasons = group.dropped()
+                    if group.differs() or algorithm.dynamic_sampling_rounds == 0:
+                        accepted.append(group)
+                    else:
+                        reasons = dict.fromkeys(range(len(group.sample_ids)), "group_without_signal") | reasons
+                    for position, reason in reasons.items():
+                        self.ledger.drop([group.sample_ids[position]], reason)
+        if not any(group.kept() for group in drawn):
+            raise no_reward_error(drawn)
+        return drawn, accepted
 
-    def _experience(self, groups: list[Group]) -> Batch:
-        """The samples that can be trained on; the others leave the ledger with their reason."""
-        for group in groups:
-            for position, reason in group.scores.dropped.items():
-                self.ledger.drop([group.sample_ids[position]], reason)
-        return to_batch(groups)
+    def _draw(self, step: int, *, first: int, count: int) -> list[Group]:
+        """The next `count` prompts' groups; the step has drawn `first` before them."""
+        samples = self.config.rl.samples_per_prompt
+        prompts: list[Prompt] = [self.train_prompts[i] for i in self.sampler.next(count)]
+        ids = [self.ledger.admit(samples) for _ in prompts]
+        seeds = [sample_seeds(self.config.seed, step, first + i, count=samples) for i in range(count)]
+        return collect_groups(self.sampling, self.tracker, prompts, ids, seeds, self.settings)
 
     def _annotate(self, batch: Batch) -> Batch:
-        """Log-probs of other weights, only where the loss needs them."""
-        if self.config.algorithm.kl_coef > 0:
+        """Log-probs under other weights and values, only where something needs them."""
+        config, algorithm = self.config, self.config.algorithm
+        start_logp = None
+        if config.compares_with_start:
             with self.watch.timed("reference"):
-                reference = self.reference.logprobs if self.reference else self.policy.base_logprobs
-                batch = batch.annotate(ref_logp=reference(batch))
-        if self.config.updates_per_step > 1:
+                start_logp = (self.reference.logprobs if self.reference else self.policy.base_logprobs)(batch)
+            batch = batch.annotate(start_logp=start_logp)
+        in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
+        later_updates = config.updates_per_step > 1 and not algorithm.trains_pairs
+        if in_reward or later_updates or algorithm.reference == "step":
             with self.watch.timed("old_logp"):
                 batch = batch.annotate(old_logp=self.policy.logprobs(batch))
+        if algorithm.reference == "step":
+            batch = batch.annotate(ref_logp=batch.annotations["old_logp"])
+        elif start_logp is not None:
+            batch = batch.annotate(ref_logp=start_logp)
+        if algorithm.trains_pairs and "ref_logp" in batch.annotations:
+            sums_B = batch.sum_per_sample(batch.annotations["ref_logp"])
+            batch = batch.label(ref_logp=sums_B.astype(np.float32))
+        if self.critic is not None:
+            with self.watch.timed("values"):
+                batch = batch.annotate(values=self.critic.values(batch))
         return batch
 
-    def _advantages(self, batch: Batch) -> Batch:
-        """Group-relative advantages (arXiv:2402.03300), computed once on the whole batch."""
-        scores_B = torch.from_numpy(batch.totals).double()
-        advantages_B = group_relative(
-            scores_B, torch.from_numpy(batch.group_ids), scale=self.config.algorithm.advantage_scale
+    def _learn(self, batch: Batch, step: int) -> dict[str, float]:
+        """Advantages, then the updates of critic and policy; the samples are settled in the ledger."""
+        config = self.config
+        batch = with_advantages(
+            batch, config.algorithm, kl_coef=self.kl.value, max_new_tokens=config.rollout.max_new_tokens
         )
-        per_token_T = np.repeat(advantages_B.numpy(), batch.seq_lens) * batch.loss_mask
-        return batch.annotate(advantages=per_token_T.astype(np.float32))
-
-    def _update(self, batch: Batch, step: int) -> dict[str, float]:
-        """Optimizer updates of one step; the samples are then settled in the ledger."""
-        with self.watch.timed("update"):
-            metrics = self.policy.update(list(self._minibatches(batch, step)))
-        if step == 1:
+        if not len(batch):
+            self.tracker.event("step_without_signal", step=step)
+            return {}
+        batch = batch.label(kl_coef=np.full(len(batch), self.kl.value, np.float32))
+        minibatches = list(self._minibatches(batch, step))
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            with self.watch.timed("critic_update"):
+                metrics |= self.guard.update(self.critic, minibatches, step)
+            mask = batch.loss_mask
+            values_T, returns_T = (torch.from_numpy(batch.annotations[name][mask]) for name in ("values", "returns"))
+            metrics["critic/explained_variance"] = explained_variance(values_T, returns_T)
+        if self.critic is None or step > config.critic.warmup_steps:
+            with self.watch.timed("update"):
+                metrics |= self.guard.update(self.policy, minibatches, step)
+        if step == 1 + config.critic.warmup_steps:
             self._check_first_step(metrics)
-        self.ledger.train(batch.sample_ids)
-        self.ledger.check()
-        assert not self.ledger.in_flight, f"samples left behind by step {step}: {sorted(self.ledger.in_flight)[:9]}"
+        if any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models):
+            self.ledger.train(batch.sample_ids)
         return metrics
 
     def _minibatches(self, batch: Batch, step: int) -> Iterator[Batch]:
@@ -153,6 +203,17 @@ class RLStage:
                 if len(part):
                     yield batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
 
+    def _settle(self, metrics: dict[str, float]) -> None:
+        """Every sample of the step is trained, or dropped for a reason, when it ends; the KL's weight follows it."""
+        learned = any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models)
+        if self.ledger.in_flight:
+            self.ledger.drop(self.ledger.in_flight, "not_selected" if learned else "nothing_learned")
+        self.ledger.check()
+        if learned and "policy/kl_coef" in metrics:
+            self.kl.update(
+                metrics["policy/kl_per_sample"], self.config.rl.prompts_per_step * self.config.rl.samples_per_prompt
+            )
+
     def _check_first_step(self, metrics: dict[str, float]) -> None:
         """Nothing was learned yet: engines, policy and reference are the same weights.
 
@@ -160,43 +221,59 @@ class RLStage:
             RuntimeError: they are not; masks, temperatures or weights differ between the actors.
         """
         tolerance = FIRST_STEP_TOLERANCE[self.config.dtype]
-        names = ["mismatch/logp_abs_mean"]
-        if self.config.updates_per_step == 1:  # later updates of a step have moved away from the reference
-            names.append("policy/kl")
-        for name in names:
+        for name in ("mismatch/logp_abs_mean", "policy/kl"):
             value = metrics.get(name, 0.0)
             if abs(value) > tolerance:
                 raise RuntimeError(f"{name} is {value:.2e} at the first step, not 0 within {tolerance:g}")
 
-    def _measures(self, groups: list[Group], batch: Batch) -> dict[str, float]:
-        """Rewards and lengths of a step."""
-        lengths = batch.response_lens
-        generations = [g for group in groups for g in group.generations]
-        spread = [np.ptp(batch.totals[batch.group_ids == g]) for g in np.unique(batch.group_ids)]
+    def _measure_kl(self, batch: Batch) -> dict[str, float]:
+        """KL(policy that sampled || starting policy), where the latter was asked."""
+        if "start_logp" not in batch.annotations:
+            return {}
+        sampled_T = batch.annotations.get("old_logp", batch.rollout_logp)
+        logp_T, start_T = (
+            torch.from_numpy(values_T[batch.loss_mask]).double()
+            for values_T in (sampled_T, batch.annotations["start_logp"])
+        )
         metrics = {
-            "reward/mean": float(batch.totals.mean()),
-            "reward/std": float(batch.totals.std()),
-            "reward/groups_without_signal": float(np.mean([s == 0 for s in spread])),
-            "rollout/response_length": float(lengths.mean()),
+            "policy/kl": float(kl_estimate(logp_T, start_T, "k3").mean()),
+            "policy/kl_per_sample": float((logp_T - start_T).sum()) / len(batch),
+        }
+        return metrics | ({"policy/kl_coef": self.kl.value} if self.config.algorithm.kl_coef > 0 else {})
+
+    def _measures(self, groups: list[Group]) -> dict[str, float]:
+        """Rewards and lengths of all that a step has drawn."""
+        generations = [g for group in groups for g in group.generations]
+        totals = np.concatenate([group.scores.totals[group.kept()] for group in groups])
+        metrics = {
+            "reward/groups_without_signal": float(np.mean([not group.differs() for group in groups])),
+            "rollout/prompts": float(len(groups)),
+            "rollout/response_length": float(np.mean([len(g.token_ids) for g in generations])),
             "rollout/truncated_fraction": float(np.mean([g.finish_reason == "length" for g in generations])),
-            "rollout/tokens": float(len(batch.tokens)),
+            "rollout/tokens": float(
+                sum(len(group.prompt.token_ids) + len(g.token_ids) for group in groups for g in group.generations)
+            ),
             "rollout/epoch": float(self.sampler.epoch),
         }
+        if len(totals):
+            metrics |= {"reward/mean": float(totals.mean()), "reward/std": float(totals.std())}
         metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
-        for name, values in batch.rewards.items():
+        for name in sorted({name for group in groups for name in group.scores.components}):
+            held = [group.scores.components[name] for group in groups if name in group.scores.components]
+            values = np.concatenate(held)
             if not np.isnan(values).all():
                 metrics |= {f"reward/{name}/mean": float(np.nanmean(values))}
                 metrics |= {f"reward/{name}/std": float(np.nanstd(values))}
         return metrics
 
-    def _record(self, step: int, groups: list[Group]) -> None:
+    def _record(self, step: int, groups: Sequence[Group]) -> None:
         """Write some of a step's samples."""
         rows = [
             {
                 "prompt": group.prompt.prompt,
                 "completion": generation.text,
-                "reward": None if i in group.scores.dropped else float(group.scores.totals[i]),
-                "dropped": group.scores.dropped.get(i),
+                "reward": None if i in group.dropped() else float(group.scores.totals[i]),
+                "dropped": group.dropped().get(i),
                 "finish_reason": generation.finish_reason,
                 "sample_id": group.sample_ids[i],
             }
@@ -204,3 +281,10 @@ class RLStage:
             for i, generation in enumerate(group.generations)
         ]
         self.tracker.samples(step, rows[: self.config.tracking.samples_per_step])
+
+
+def kl_controller(algorithm: AlgorithmConfig) -> FixedKL | AdaptiveKL:
+    """What says how much the KL weighs."""
+    if algorithm.kl_target is None:
+        return FixedKL(algorithm.kl_coef)
+    return AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from actors.packed_model import RAGGED_SDPA, attention_for
-from actors.process import backend_for
+from actors.process import backend_for, offloads
 from actors.rollout import engine_arguments, engine_environment
 from actors.trainer import deepspeed_config
-from engine.cluster import required, roles_of, trainer_environment
+from engine.cluster import layout_of, roles_of, trainer_environment
 from engine.config import Config
 
 
@@ -51,9 +51,9 @@ def test_deepspeed_gets_stage_dtype_and_clipping(stage):
     config = configure(device="cuda", policy={"zero_stage": stage}, optimizer={"max_grad_norm": 0.5})
     made = deepspeed_config(config)
     assert made["zero_optimization"] == {"stage": stage, "overlap_comm": True}
-    assert (made["bf16"], made["gradient_clipping"]) == ({"enabled": True}, 0.5)
+    assert (made["bf16"], made["gradient_clipping"]) == ({"enabled": True, "check_grad_overflow": True}, 0.5)
     on_cpu = deepspeed_config(configure(device="cpu"))
-    assert (on_cpu["bf16"], on_cpu["zero_optimization"]["overlap_comm"]) == ({"enabled": False}, False)
+    assert (on_cpu["bf16"]["enabled"], on_cpu["zero_optimization"]["overlap_comm"]) == (False, False)
 
 
 def test_cpu_engines_run_eagerly_with_small_blocks_and_gpu_engines_as_vllm_likes():
@@ -74,10 +74,57 @@ def test_only_cpu_processes_have_their_threads_counted():
     assert "DS_ACCELERATOR" not in trainer_environment("cuda", 2)
 
 
+def reserved(config: Config) -> dict[str, float]:
+    """Sum of the layout's bundles."""
+    names = {name for bundle in layout_of(config).bundles for name in bundle}
+    return {name: sum(bundle.get(name, 0.0) for bundle in layout_of(config).bundles) for name in names}
+
+
 def test_gpu_roles_take_a_gpu_each_and_the_reference_only_exists_when_it_counts():
     config = configure(device="cuda", policy={"ranks": 4}, rollout={"engines": 3}, ray={"cpus_per_rank": 0.5})
     assert [role.name for role in roles_of(config)] == ["policy", "rollout", "rewards"]
-    assert required(roles_of(config)) == {"CPU": 4.0, "GPU": 7.0}
+    assert reserved(config) == {"CPU": 4.0, "GPU": 7.0}
     with_kl = configure(device="cpu", algorithm={"kl_coef": 0.1}, reference={"ranks": 2})
     assert [(role.name, role.ranks) for role in roles_of(with_kl)][1] == ("reference", 2)
-    assert required(roles_of(with_kl)) == {"CPU": 5.0}
+    assert reserved(with_kl) == {"CPU": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "roles"),
+    [
+        ("ppo", {}, {"policy", "critic", "reference", "rollout"}),
+        ("ppo", {"model": {"path": "m", "adapter": {"kind": "lora"}}}, {"policy", "critic", "rollout"}),
+        ("online_dpo", {}, {"policy", "reference", "rollout"}),
+        ("online_dpo", {"preference": {"loss": "simpo"}}, {"policy", "rollout"}),
+        ("iterative_dpo", {}, {"policy", "rollout"}),
+        ("dapo", {"reference": {"measure": True}}, {"policy", "reference", "rollout"}),
+        ("rloo", {"rewards": {"models": ["rm"]}}, {"policy", "reference", "reward_model/reward_model", "rollout"}),
+    ],
+)
+def test_an_algorithm_starts_the_models_that_it_needs_and_no_other(algorithm, changes, roles):
+    names = {role.name for role in roles_of(configure(algorithm=algorithm, **changes))}
+    assert names - {"rewards"} == roles
+
+
+def test_a_group_shares_devices_and_the_reward_models_are_meant_by_one_name():
+    config = configure(
+        device="cuda",
+        algorithm="ppo",
+        rewards={"models": ["a", {"path": "b", "name": "other"}]},
+        placement={"mode": "packed", "groups": [["policy", "critic"], ["reference", "reward_model"]]},
+    )
+    layout = layout_of(config)
+    assert layout.sharing == (("policy", "critic"), ("reference", "reward_model/reward_model", "reward_model/other"))
+    assert reserved(config)["GPU"] == 3
+
+
+def test_memory_is_left_to_others_only_where_roles_take_turns_on_a_gpu():
+    for device, mode, leaves in (("cuda", "turns", True), ("cuda", "packed", False), ("cpu", "turns", False)):
+        config = configure(device=device, placement={"mode": mode}, policy={"zero_stage": 1})
+        assert offloads(config) == leaves
+        assert engine_arguments(config).get("enable_sleep_mode", False) == leaves
+
+
+def test_a_custom_device_is_what_bundles_ask_for():
+    config = configure(placement={"device": "accel"}, rollout={"engines": 2})
+    assert reserved(config) == {"CPU": 4.0, "accel": 3.0}

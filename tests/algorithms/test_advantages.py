@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out, whiten
+from engine.algorithms.advantages import (
+    best_and_worst,
+    best_of_n,
+    discounted_returns,
+    gae,
+    group_relative,
+    leave_one_out,
+    whiten,
+)
 
 LENS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 UNIT = st.floats(0, 1)
@@ -54,6 +62,30 @@ def test_discounted_returns_are_gae_with_zero_values_and_lambda_one(lens, gamma)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
+@given(
+    masks=st.lists(st.lists(st.booleans(), max_size=9), min_size=1, max_size=5),
+    gamma=UNIT,
+    lam=UNIT,
+    ends=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_gae_does_not_decay_across_tool_tokens(masks, gamma, lam, ends):
+    """The reference runs over padded rows, tool tokens included, and passes over what is not the policy's."""
+    width = max(map(len, masks))
+    mask_BL = torch.tensor([mask + [False] * (width - len(mask)) for mask in masks], dtype=torch.bool)
+    rewards_BL, values_BL = random(mask_BL.numel(), 1).view_as(mask_BL), random(mask_BL.numel(), 2).view_as(mask_BL)
+    bootstrap = torch.zeros(len(masks)).double() if ends else random(len(masks), 3)
+    carried_B, next_B, expected_BL = torch.zeros_like(bootstrap), bootstrap, torch.zeros_like(rewards_BL)
+    for t in reversed(range(width)):
+        ours_B = mask_BL[:, t]
+        delta_B = rewards_BL[:, t] + gamma * next_B - values_BL[:, t]
+        carried_B = torch.where(ours_B, delta_B + gamma * lam * carried_B, carried_B)
+        next_B = torch.where(ours_B, values_BL[:, t], next_B)
+        expected_BL[:, t] = carried_B
+    got, _ = gae(rewards_BL[mask_BL], values_BL[mask_BL], mask_BL.sum(1), gamma=gamma, lam=lam, bootstrap=bootstrap)
+    torch.testing.assert_close(got, expected_BL[mask_BL])
+
+
 def test_the_bootstrap_value_enters_the_last_delta_and_the_returns():
     advantages_T, returns_T = gae(
         torch.zeros(2), torch.zeros(2), [2], gamma=0.5, lam=1.0, bootstrap=torch.tensor([8.0])
@@ -91,6 +123,8 @@ def naive_group(scores, ids, scale, eps=1e-6):
             out.append(0.0)
         elif scale == "none":
             out.append(deviation)
+        elif scale == "best":
+            out.append((score == max(members)) / members.count(max(members)))
         elif scale == "loo":
             out.append(score - (sum(members) - score) / (len(members) - 1))
         else:
@@ -99,10 +133,11 @@ def naive_group(scores, ids, scale, eps=1e-6):
 
 
 def estimate(scores_B, ids, scale):
-    return leave_one_out(scores_B, ids) if scale == "loo" else group_relative(scores_B, ids, scale=scale)
+    others = {"loo": leave_one_out, "best": best_of_n}
+    return others[scale](scores_B, ids) if scale in others else group_relative(scores_B, ids, scale=scale)
 
 
-SCALES = ["std", "none", "batch", "loo"]
+SCALES = ["std", "none", "batch", "loo", "best"]
 GROUPED = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 1 / 3, 1.0, -2.5]), st.sampled_from([-7, 0, 3, 10**12])))
 
 
@@ -132,7 +167,21 @@ def test_equal_scores_that_are_no_binary_fraction_give_exactly_zero(scale, dtype
     scores_B = torch.tensor([value] * 7 + [0.0, 1.0], dtype=dtype)
     got = estimate(scores_B, [4] * 7 + [2, 2], scale)
     assert got[:7].tolist() == [0.0] * 7
-    assert got[7] < 0 < got[8]
+    assert got[7] <= 0 < got[8]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@given(
+    groups=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 9)), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(max_examples=40, deadline=None)
+def test_groups_without_a_difference_get_exactly_zero_whatever_else_is_in_the_batch(scale, groups, order, dtype):
+    rows = [(value, index) for index, (value, size) in enumerate(groups) for _ in range(size)]
+    order.shuffle(rows)
+    got = estimate(torch.tensor([value for value, _ in rows], dtype=dtype), [index for _, index in rows], scale)
+    assert got.tolist() == [0.0] * len(rows)
 
 
 def test_equal_scores_give_zero_even_without_eps():
@@ -151,7 +200,43 @@ def test_group_advantages_are_standardised_with_the_unbiased_deviation():
     assert got.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
 
 
+@given(rows=GROUPED)
+@settings(max_examples=60, deadline=None)
+def test_best_and_worst_are_the_first_of_each_group_with_a_difference_in_the_order_of_the_groups(rows):
+    expected = []
+    for group in dict.fromkeys(g for _, g in rows):
+        members = [i for i, (_, g) in enumerate(rows) if g == group]
+        best, worst = (pick(members, key=lambda i: rows[i][0]) for pick in (max, min))  # both take the first
+        expected += [[best, worst]] if rows[best][0] > rows[worst][0] else []
+    scores, ids = [s for s, _ in rows], [g for _, g in rows]
+    for given_ids in (ids, torch.tensor(ids, dtype=torch.int64), np.array(ids, dtype=np.int64)):
+        got = best_and_worst(torch.tensor(scores, dtype=torch.float64), given_ids)
+        assert (got.dtype, got.shape) == (torch.int64, (len(expected), 2))
+        assert got.tolist() == expected
+
+
+@given(
+    scores=st.lists(st.integers(-99, 99), min_size=1, max_size=12, unique=True), order=st.randoms(use_true_random=False)
+)
+@settings(max_examples=40, deadline=None)
+def test_the_same_answers_make_the_pairs_in_any_order_of_samples(scores, order):
+    def pairs(rows):
+        found = best_and_worst(torch.tensor([float(s) for s, _ in rows]), [g for _, g in rows])
+        return {(rows[best], rows[worst]) for best, worst in found.tolist()}
+
+    rows = [(score, abs(score) % 3) for score in scores]
+    assert pairs(order.sample(rows, len(rows))) == pairs(rows)
+
+
+def test_many_ties_for_the_best_share_its_weight_in_any_dtype():
+    got = best_of_n(torch.tensor([1.0] * 300 + [0.0], dtype=torch.bfloat16), [0] * 301)  # bfloat16 counts to 256 only
+    assert got.tolist() == [torch.tensor(1 / 300, dtype=torch.bfloat16).item()] * 300 + [0.0]
+
+
 def test_unknown_scales_and_missing_ids_are_refused():
+    for pick in (best_of_n, best_and_worst):
+        with pytest.raises(ValueError, match="group_ids"):
+            pick(torch.zeros(2), [0])
     with pytest.raises(ValueError, match="scale must be one of"):
         group_relative(torch.zeros(2), [0, 0], scale="mean")
     with pytest.raises(ValueError, match="group_ids"):
@@ -184,6 +269,7 @@ def test_results_keep_the_dtype_carry_no_gradient_and_leave_the_inputs_alone(dty
         discounted_returns(x_T, [1, 3]),
         whiten(x_T),
         leave_one_out(x_T, [0, 0, 1, 1]),
+        best_of_n(x_T, [0, 0, 1, 1]),
         *(group_relative(x_T, [0, 0, 1, 1], scale=scale) for scale in ("std", "none", "batch")),
     ]
     assert [r.dtype for r in results] == [dtype] * len(results)

@@ -68,6 +68,12 @@ def test_mean_and_standard_error_agree_with_their_definition(values):
     assert error == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), rel=1e-6, abs=1e-6)
 
 
+@given(value=st.floats(-1e6, 1e6), prompts=st.integers(2, 20))
+@settings(max_examples=30, deadline=None)
+def test_equal_scores_have_a_standard_error_of_exactly_zero(value, prompts):
+    assert mean_and_standard_error([value] * prompts)[1] == 0.0
+
+
 def test_the_error_of_one_value_is_unknown_and_of_none_refused():
     mean, error = mean_and_standard_error([2.5])
     assert mean == 2.5
@@ -88,6 +94,21 @@ def test_calibration_error_agrees_with_a_loop_over_bins(rows, bins):
             expected += len(inside) / len(rows) * abs(share - confidence)
     got = calibration_error([p for p, _ in rows], [came_true for _, came_true in rows], bins=bins)
     assert got == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=20),
+    bins=st.integers(1, 12),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_predictions_does_not_matter_and_errors_stay_in_the_unit_interval(rows, bins, order):
+    def measure(rows):
+        chances, outcomes = zip(*rows, strict=True)
+        return calibration_error(chances, outcomes, bins=bins), *mean_and_standard_error(chances)
+
+    assert measure(order.sample(rows, len(rows))) == pytest.approx(measure(rows), abs=1e-12)
+    assert 0 <= measure(rows)[0] <= 1
 
 
 def test_calibration_error_of_the_certain_the_calibrated_and_the_wrong():

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
 
@@ -92,6 +94,25 @@ def test_an_adaptive_coefficient_moves_towards_the_target_by_a_bounded_factor(kl
     controller = AdaptiveKL(0.2, target=6.0, horizon=1000)
     controller.update(kl, num_steps=100)
     assert controller.value == pytest.approx(0.2 * factor)
+
+
+@given(kls=st.lists(st.floats(-1e3, 1e3), max_size=30), target=st.floats(0.01, 100), steps=st.integers(1, 499))
+@settings(max_examples=40, deadline=None)
+def test_an_adaptive_coefficient_stays_positive_and_moves_towards_the_target_whatever_it_is_told(kls, target, steps):
+    controller = AdaptiveKL(0.2, target, horizon=100)
+    for kl in kls:
+        before = controller.value
+        controller.update(kl, steps)
+        assert controller.value > 0
+        assert (controller.value >= before) if kl >= target else (controller.value <= before)
+        assert abs(controller.value / before - 1) <= 0.2 * steps / 100 + 1e-9
+
+
+def test_so_many_steps_at_once_that_the_coefficient_would_turn_negative_are_refused():
+    controller = AdaptiveKL(0.2, target=6.0, horizon=100)
+    with pytest.raises(ValueError, match="below 5 \\* horizon"):
+        controller.update(0.0, num_steps=500)
+    assert controller.value == 0.2
 
 
 def test_an_adaptive_coefficient_refuses_nan_and_keeps_its_value():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0):
 def whole(hidden_T, weight, targets_T, temperature):
     distribution = torch.log_softmax(hidden_T @ weight.T / temperature, -1)
     entropy_T = -(distribution.exp() * distribution).sum(-1)
-    return distribution[torch.arange(len(targets_T)), targets_T], entropy_T.detach()
+    return distribution[torch.arange(len(targets_T)), targets_T], entropy_T
 
 
 @given(tokens=st.integers(0, 9), chunk=st.integers(1, 12), temperature=st.floats(0.2, 3))
@@ -34,18 +36,65 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(tokens, chunk, tempe
     expected = whole(hidden_T, weight, targets_T, temperature)
     torch.testing.assert_close(got, expected)
     upstream_T = torch.linspace(-1, 2, tokens, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(got[0], (hidden_T, weight), upstream_T),
-        torch.autograd.grad(expected[0], (hidden_T, weight), upstream_T),
-    )
+    for used, upstream in [((0,), (upstream_T,)), ((1,), (upstream_T,)), ((0, 1), (upstream_T, upstream_T.flip(0)))]:
+        ours, theirs = (
+            torch.autograd.grad([out[i] for i in used], (hidden_T, weight), upstream, retain_graph=True)
+            for out in (got, expected)
+        )
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_gradients_agree_with_finite_differences(temperature):
+@pytest.mark.parametrize("used", [[0], [1], [0, 1]], ids=["log-prob", "entropy", "both"])
+def test_gradients_agree_with_finite_differences(temperature, used):
     hidden_T, weight, targets_T = inputs(5)
-    assert torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets_T, temperature=temperature, chunk_tokens=2)[0], (hidden_T, weight)
+
+    def outputs(h, w):
+        both = token_logprobs(h, w, targets_T, temperature=temperature, chunk_tokens=2)
+        return [both[i] for i in used]
+
+    assert torch.autograd.gradcheck(outputs, (hidden_T, weight))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_entropy_is_that_of_the_sampling_temperature(temperature):
+    hidden_T, weight = torch.ones(1, 1), torch.tensor([[0.0], [1.0]])  # two tokens, logits 0 and 1
+    p = 1 / (1 + math.exp(-1 / temperature))
+    entropy_T = token_logprobs(hidden_T, weight, torch.tensor([0]), temperature=temperature)[1]
+    assert entropy_T.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+def test_an_entropy_bonus_flattens_the_distribution():
+    hidden_T, weight, targets_T = inputs(5)
+    entropy_T = token_logprobs(hidden_T, weight, targets_T)[1]
+    (grad,) = torch.autograd.grad(entropy_T.sum(), weight)
+    assert (token_logprobs(hidden_T, weight + 1e-3 * grad, targets_T)[1].sum() > entropy_T.sum()).item()
+    (grad,) = torch.autograd.grad(
+        token_logprobs(hidden_T, torch.zeros_like(weight).requires_grad_(), targets_T)[1].sum(), hidden_T
     )
+    assert torch.equal(grad, torch.zeros_like(grad)), "a uniform distribution is as flat as can be"
+
+
+def test_a_loss_without_the_entropy_computes_nothing_for_it():
+    hidden_T, weight, targets_T = inputs(8)
+    operations = []
+    for used in (0, 1):
+        out = token_logprobs(hidden_T, weight, targets_T, chunk_tokens=4)[used].sum()
+        with CountedOperations() as counted:
+            out.backward()
+        operations.append(counted.elements)
+    assert operations[0] < operations[1]
+
+
+class CountedOperations(TorchDispatchMode):
+    """Adds up the elements that all operations returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.elements += result.numel() if isinstance(result, torch.Tensor) else 0
+        return result
 
 
 def test_each_input_gets_one_gradient_however_many_chunks_there_are():
@@ -53,7 +102,8 @@ def test_each_input_gets_one_gradient_however_many_chunks_there_are():
     arrivals = []
     weight.register_hook(lambda grad: arrivals.append("weight"))
     hidden_T.register_hook(lambda grad: arrivals.append("hidden"))
-    token_logprobs(hidden_T, weight, targets_T, chunk_tokens=2)[0].sum().backward()
+    logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, chunk_tokens=2)
+    (logp_T + 0.1 * entropy_T).sum().backward()
     assert sorted(arrivals) == ["hidden", "weight"]
 
 
@@ -76,7 +126,8 @@ def test_logits_never_exist_for_more_than_one_chunk():
     weight = torch.randn(vocabulary, 3, requires_grad=True)
     targets_T = torch.zeros(tokens, dtype=torch.int64)
     with LargestTensor() as largest:
-        token_logprobs(hidden_T, weight, targets_T, chunk_tokens=chunk)[0].sum().backward()
+        logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, chunk_tokens=chunk)
+        (logp_T + entropy_T).sum().backward()
     assert largest.elements == chunk * vocabulary
     assert weight.grad is not None
 
@@ -88,8 +139,7 @@ def test_only_the_inputs_that_want_a_gradient_get_one(wanted):
     hidden_T.requires_grad_(wanted == "hidden")
     weight.requires_grad_(wanted == "weight")
     logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, chunk_tokens=4)
-    assert logp_T.requires_grad == (wanted != "none")
-    assert not entropy_T.requires_grad
+    assert logp_T.requires_grad == entropy_T.requires_grad == (wanted != "none")
     if wanted != "none":
         logp_T.sum().backward()
         for name, tensor, grad in zip(("hidden", "weight"), (hidden_T, weight), expected, strict=True):
@@ -102,7 +152,7 @@ def test_only_the_inputs_that_want_a_gradient_get_one(wanted):
 def test_no_token_at_all_still_gives_the_weight_a_zero_gradient():
     hidden_T, weight, targets_T = inputs(0)
     logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T)
-    logp_T.sum().backward()
+    (logp_T + entropy_T).sum().backward()
     assert logp_T.shape == entropy_T.shape == (0,)
     assert torch.equal(weight.grad, torch.zeros(V, H, dtype=torch.float64))
 
@@ -115,32 +165,32 @@ def test_bfloat16_inputs_are_computed_in_float32_and_get_bfloat16_gradients():
     expected = whole(exact_hidden_T, exact_weight, targets_T, 0.7)
     assert {t.dtype for t in got} == {torch.float32}
     torch.testing.assert_close(got, expected)
-    got[0].sum().backward()
-    expected[0].sum().backward()
+    (got[0] + got[1]).sum().backward()
+    (expected[0] + expected[1]).sum().backward()
     assert hidden_T.grad.dtype == weight.grad.dtype == torch.bfloat16
-    assert torch.equal(hidden_T.grad, exact_hidden_T.grad.bfloat16())
+    torch.testing.assert_close(hidden_T.grad, exact_hidden_T.grad.bfloat16(), rtol=8e-3, atol=1e-6)
     torch.testing.assert_close(weight.grad, exact_weight.grad.bfloat16(), rtol=8e-3, atol=1e-3)
 
 
 def test_autocast_does_not_lower_the_precision():
     hidden_T, weight, targets_T = inputs(7, torch.float32)
     expected = token_logprobs(hidden_T, weight, targets_T)
-    expected_grads = torch.autograd.grad(expected[0].sum(), (hidden_T, weight))
+    expected_grads = torch.autograd.grad((expected[0] + expected[1]).sum(), (hidden_T, weight))
     with torch.autocast("cpu", torch.bfloat16):
         got = token_logprobs(hidden_T, weight, targets_T)
-        grads = torch.autograd.grad(got[0].sum(), (hidden_T, weight))
+        grads = torch.autograd.grad((got[0] + got[1]).sum(), (hidden_T, weight))
     assert all(map(torch.equal, (*got, *grads), (*expected, *expected_grads)))
 
 
 def test_the_weight_may_be_released_between_forward_and_backward():
     hidden_T, weight, targets_T = inputs(5)
-    expected = torch.autograd.grad(whole(hidden_T, weight, targets_T, 1.0)[0].sum(), weight)[0]
-    logp_T, _ = token_logprobs(hidden_T, weight, targets_T)
+    expected = torch.autograd.grad(sum(whole(hidden_T, weight, targets_T, 1.0)).sum(), weight)[0]
+    logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T)
     gathered = weight.data
     weight.data = torch.empty(0, dtype=torch.float64)  # what ZeRO-3 does after the module's forward ...
     weight.data = gathered.clone()  # ... and before its backward
     gathered.fill_(float("nan"))
-    torch.testing.assert_close(torch.autograd.grad(logp_T.sum(), weight)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad((logp_T + entropy_T).sum(), weight)[0], expected)
 
 
 def test_extreme_logits_stay_finite_and_inputs_are_left_alone():
@@ -148,7 +198,7 @@ def test_extreme_logits_stay_finite_and_inputs_are_left_alone():
     hidden_T = (hidden_T.detach() * 1e4).requires_grad_()
     before = [t.detach().clone() for t in (hidden_T, weight, targets_T)]
     logp_T, entropy_T = token_logprobs(hidden_T, weight, targets_T, temperature=0.5)
-    logp_T.sum().backward()
+    (logp_T + entropy_T).sum().backward()
     assert logp_T.isfinite().all()
     assert entropy_T.isfinite().all()
     assert (entropy_T >= 0).all()

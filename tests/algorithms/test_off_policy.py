@@ -72,12 +72,17 @@ def test_weights_stay_within_their_bounds_for_extreme_log_ratios(level, mode, lo
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_order_of_samples_does_not_matter(level):
-    logp_T, rollout_T = torch.randn(2, sum(LENS), generator=torch.Generator().manual_seed(0))
-    order, spans = [3, 2, 1, 0], torch.arange(sum(LENS)).split(LENS)
-    index_T = torch.cat([spans[i] for i in order])
-    shuffled = importance_weights(logp_T[index_T], rollout_T[index_T], [LENS[i] for i in order], level=level)
-    torch.testing.assert_close(shuffled, importance_weights(logp_T, rollout_T, LENS, level=level)[index_T])
+@given(seed=st.integers(0, 99), spread=st.floats(0, 200), floor=st.floats(0, 1), cap=st.floats(1, 10))
+@settings(max_examples=40, deadline=None)
+def test_weights_are_within_their_bounds_or_masked_and_one_of_the_two_says_how(level, seed, spread, floor, cap):
+    log_ratio_T = spread * torch.randn(sum(LENS), generator=torch.Generator().manual_seed(seed))
+    zeros_T = torch.zeros_like(log_ratio_T)
+    options = {"level": level, "cap": cap, "floor": floor}
+    truncated_T = importance_weights(log_ratio_T, zeros_T, LENS, mode="truncate", **options)
+    masked_T = importance_weights(log_ratio_T, zeros_T, LENS, mode="mask", **options)
+    edges = torch.tensor([floor, cap])
+    assert ((truncated_T >= edges[0]) & (truncated_T <= edges[1])).all()
+    assert ((masked_T == truncated_T) | ((masked_T == 0) & torch.isin(truncated_T, edges))).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -100,12 +100,39 @@ def test_gspo_of_one_token_samples_is_ppo(seed, spread):
     torch.testing.assert_close(gradient(sequence, logp_T), gradient(ppo, logp_T))
 
 
-def test_gspo_does_not_depend_on_the_order_of_samples():
-    logp_T, old_T, advantages_T = tensors()
-    order, spans = [2, 3, 0, 1], torch.arange(sum(LENS)).split(LENS)
-    index_T = torch.cat([spans[i] for i in order])
-    shuffled = gspo(logp_T[index_T], old_T[index_T], advantages_T[index_T], [LENS[i] for i in order])
-    torch.testing.assert_close(shuffled, gspo(logp_T, old_T, advantages_T, LENS)[index_T])
+BOUNDS = {"seed": st.integers(0, 999), "spread": st.floats(0, 200), "low": st.floats(0, 0.9), "high": st.floats(0, 3)}
+
+
+@pytest.mark.parametrize("surrogate", ["ppo_clip", "gspo"])
+@given(**BOUNDS)
+@settings(max_examples=40, deadline=None)
+def test_a_clipped_surrogate_promises_no_more_than_its_bounds_and_stops_the_gradient_beyond(
+    surrogate, seed, spread, low, high
+):
+    logp_T, old_T, advantages_T = tensors(seed, spread)
+    clips = {"clip_low": low, "clip_high": high}
+    log_ratio_T = logp_T.detach() - old_T
+    if surrogate == "ppo_clip":
+        loss_T = ppo_clip(logp_T, old_T, advantages_T, **clips)
+    else:
+        loss_T = gspo(logp_T, old_T, advantages_T, LENS, **clips)
+        log_ratio_T = torch.cat([x.mean().expand(len(x)) for x in log_ratio_T.split(LENS)])
+    ratio_T = log_ratio_T.clamp(-20, 20).exp()
+    promised_T = advantages_T * torch.where(advantages_T > 0, 1 + high, 1 - low).double()
+    assert (-loss_T <= promised_T + 1e-5).all()
+    stopped_T = torch.where(advantages_T > 0, ratio_T > 1 + high, ratio_T < 1 - low)
+    assert (gradient(loss_T, logp_T)[stopped_T] == 0).all()
+
+
+@given(**BOUNDS, dual=st.floats(1.1, 5))
+@settings(max_examples=40, deadline=None)
+def test_dual_clip_and_cispo_bound_what_one_token_can_weigh(seed, spread, low, high, dual):
+    logp_T, old_T, advantages_T = tensors(seed, spread)
+    loss_T = ppo_clip(logp_T, old_T, advantages_T, clip_low=low, clip_high=high, dual_clip=dual)
+    assert (loss_T <= dual * advantages_T.abs() + 1e-9).all()
+    assert (gradient(loss_T, logp_T).abs() <= max(dual, 1 + high) * advantages_T.abs() + 1e-9).all()
+    weight_T = gradient(cispo(logp_T, old_T, advantages_T, clip_low=low, clip_high=high), logp_T) / -advantages_T
+    assert ((weight_T >= 1 - low - 1e-9) & (weight_T <= 1 + high + 1e-9)).all()
 
 
 @given(seed=st.integers(0, 999))

@@ -158,6 +158,19 @@ def test_loss_and_gradient_stay_finite_for_extreme_scores_and_inputs_are_left_al
     assert all(map(torch.equal, (a_N.detach(), b_N.detach()), before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pairwise_loss_does_not_overflow_at_a_gap_of_100(dtype):
+    losing_N = torch.tensor([-100.0, 100.0], dtype=dtype, requires_grad=True)
+    winning_N = torch.zeros(2, dtype=dtype)
+    for loss_N in (
+        bradley_terry(losing_N, winning_N),
+        plackett_luce(torch.stack([losing_N, winning_N], 1).flatten(), torch.tensor([1, 2] * 2), [2, 2]),
+    ):
+        assert loss_N.tolist() == pytest.approx([100.0, 0.0], abs=1e-40)
+        (grad_N,) = torch.autograd.grad(loss_N.sum(), losing_N)
+        assert grad_N.tolist() == pytest.approx([-1.0, 0.0], abs=1e-40)
+
+
 def test_sizes_and_labels_that_do_not_fit_are_refused():
     two, three = torch.zeros(2), torch.zeros(3)
     for call, message in [
@@ -166,7 +179,7 @@ def test_sizes_and_labels_that_do_not_fit_are_refused():
         (lambda: bradley_terry(two[None], two[None]), "flat"),
         (lambda: plackett_luce(two, three, [2]), "one number per item"),
         (lambda: plackett_luce(three, three, [2]), "add up"),
-        (lambda: plackett_luce(three, three, [4, -1]), "add up"),
+        (lambda: plackett_luce(three, three, [4, -1]), "at least 0"),
         (lambda: plackett_luce(two, torch.tensor([1.0, math.nan]), [2]), "NaN"),
         (lambda: process_bce(two, three), "one number per step"),
         (lambda: process_bce(two, torch.tensor([1, -1])), "in \\[0, 1\\]"),

@@ -1,15 +1,16 @@
-"""The clipped value loss by hand, and against a plain loop."""
+"""The clipped value loss and the explained variance, by hand and against plain loops."""
 
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.values import clipped_value_loss
+from engine.algorithms.values import clipped_value_loss, explained_variance
 
 number = st.floats(-5, 5)
 
@@ -77,3 +78,43 @@ def test_other_sizes_and_negative_clips_are_refused():
     for clip in (-0.1, math.nan):
         with pytest.raises(ValueError, match="clip"):
             clipped_value_loss(*torch.zeros(3, 2), clip=clip)
+
+
+@given(rows=st.lists(st.tuples(number, number), max_size=12), order=st.randoms(use_true_random=False), shift=number)
+@settings(max_examples=60, deadline=None)
+def test_explained_variance_agrees_with_its_definition_in_any_order_and_does_not_see_a_shift(rows, order, shift):
+    returns = [r for _, r in rows]
+    variance = statistics.pvariance(returns) if rows else 0.0
+    if 0 < variance < 1e-12:
+        return
+    expected = 1 - statistics.pvariance([r - v for v, r in rows]) / variance if variance else 0.0
+    shuffled = order.sample(rows, len(rows))
+    values_T, returns_T = torch.tensor(shuffled, dtype=torch.float64).reshape(-1, 2).T
+    got = explained_variance(values_T + shift, returns_T)
+    assert got == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert got <= 1
+
+
+def test_explained_variance_of_perfect_constant_and_opposite_values():
+    returns_T = torch.tensor([0.0, 1.0, 3.0], requires_grad=True)
+    assert explained_variance(returns_T, returns_T) == 1.0
+    assert explained_variance(torch.full((3,), 9.0), returns_T) == pytest.approx(0.0)
+    assert explained_variance(-returns_T, returns_T) == pytest.approx(-3.0)
+    far_T = torch.tensor([1e7, 1e7 + 1, 1e7 + 2])  # the squares are beyond float32
+    assert explained_variance(torch.tensor([0.0, 1.0, 0.0]), far_T) == pytest.approx(-1 / 3)
+
+
+@given(value=st.floats(-1e6, 1e6), values=st.lists(number, max_size=9))
+@settings(max_examples=25, deadline=None)
+def test_of_returns_that_do_not_vary_exactly_nothing_is_explained(value, values):
+    values_T = torch.tensor(values, dtype=torch.float64)
+    assert explained_variance(values_T, torch.full_like(values_T, value)) == 0.0
+
+
+def test_returns_whose_variance_is_beyond_the_dtype_explain_nothing_rather_than_nan():
+    assert explained_variance(torch.zeros(2).double(), torch.tensor([0.0, 5e-324], dtype=torch.float64)) == 0.0
+
+
+def test_explained_variance_refuses_other_sizes():
+    with pytest.raises(ValueError, match="one number per token"):
+        explained_variance(torch.zeros(2), torch.zeros(1))

@@ -30,6 +30,7 @@ from engine import cluster
 from engine.cli import USER_ERROR, main
 from engine.config import Config
 from engine.roles import Workers
+from engine.schedule.placement import Seat
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def shared_models(models: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def started_workers(config: Config, **sizes: int) -> Iterator[Workers]:
         placement = placement_group([ONE_CPU])
-        slots = Slots(placement, 0, 1, ONE_CPU)
+        slots = Slots(placement, [Seat(0, ONE_CPU)])
         pool = WorkerGroup("rewards", RewardPool, slots, arguments=[(config.rewards,)], env={}, concurrency=256)
         try:
             pool.call("start", timeout_s=120)

@@ -10,6 +10,7 @@ import ray
 
 from actors.group import ActorError, DeadlineError, Slots, WorkerGroup, start_all
 from engine.config import UserError
+from engine.schedule.placement import Seat
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -44,7 +45,7 @@ class Worker:
 
 
 def make_group(placement, arguments=((0,), (1,))) -> WorkerGroup:
-    slots = Slots(placement, 0, 2, {"CPU": 1})
+    slots = Slots(placement, [Seat(rank, {"CPU": 1}) for rank in range(2)])
     return WorkerGroup("worker", Worker, slots, arguments=arguments, env={})
 
 

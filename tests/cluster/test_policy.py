@@ -14,6 +14,7 @@ from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from engine.cluster import trainer_environment
 from engine.config import Config
+from engine.schedule.placement import Seat
 from tests.cluster.conftest import random_batch
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -39,7 +40,7 @@ class Session:
         ranks = config.policy.ranks
         self.placement = placement_group([{"CPU": 1}] * ranks)
         assert self.placement.wait(60)
-        slots = Slots(self.placement, 0, ranks, {"CPU": 1})
+        slots = Slots(self.placement, [Seat(rank, {"CPU": 1}) for rank in range(ranks)])
         arguments = [(config, info, STEPS) for info in rendezvous(slots, 60)]
         env = trainer_environment("cpu", 1)
         self.workers = WorkerGroup("policy", PolicyActor, slots, arguments=arguments, env=env)
@@ -119,7 +120,7 @@ def test_the_reference_agrees_with_the_untrained_policy(raw_config, batch):
     from ray.util.placement_group import placement_group, remove_placement_group
 
     placement = placement_group([{"CPU": 1}] * 2)
-    slots = Slots(placement, 0, 2, {"CPU": 1})
+    slots = Slots(placement, [Seat(rank, {"CPU": 1}) for rank in range(2)])
     workers = WorkerGroup(
         "reference", ReferenceActor, slots, arguments=[(config,)] * 2, env=trainer_environment("cpu", 1)
     )
