@@ -195,7 +195,7 @@ class PolicyGradient:
     def __init__(self, algorithm: AlgorithmConfig, max_new_tokens: int) -> None:
         self.algorithm = algorithm
         self.max_new_tokens = max_new_tokens
-        self.own = load_object(algorithm.loss, what="policy loss") if ":" in algorithm.loss else None
+        self.own = load_object(algorithm.loss, what="algorithm.loss") if ":" in algorithm.loss else None
 
     def loss(self, out: Outputs, stats: Stats) -> torch.Tensor:
         """Aggregated with the denominators of the whole update."""
@@ -269,13 +269,15 @@ class PolicyGradient:
             lens_B = out.row.response_lens
             log_ratio_R = torch.repeat_interleave(mean_per_sample(log_ratio_R, lens_B), lens_B)
         ratio_R = log_ratio_R.clamp(-policy_losses.MAX_LOG_RATIO, policy_losses.MAX_LOG_RATIO).exp()
-        outside_R = (ratio_R < 1 - self.algorithm.clip_low) & (advantages_R < 0)
-        outside_R |= (ratio_R > 1 + self.algorithm.clip_high) & (advantages_R > 0)
+        low_R, high_R = ratio_R < 1 - self.algorithm.clip_low, ratio_R > 1 + self.algorithm.clip_high
+        if self.algorithm.loss in ("ppo_clip", "gspo"):
+            stats.add({"policy/clip_fraction": (low_R & (advantages_R < 0)) | (high_R & (advantages_R > 0))})
+        elif self.algorithm.loss == "cispo":
+            stats.add({"policy/clip_fraction": low_R | high_R})
         mismatch_R = old_logp_R - rollout_logp_R
         stats.add(
             {
                 "policy/ratio": ratio_R,
-                "policy/clip_fraction": outside_R,
                 "policy/kl_step": kl_estimate(old_logp_R, logp_R, "k3"),
                 "mismatch/logp_abs_mean": mismatch_R.abs(),
             }

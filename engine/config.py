@@ -226,7 +226,7 @@ class AlgorithmConfig(Section):
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """group_relative: divide by the group's standard deviation, by nothing, or by the batch's."""
     whiten_advantages: bool = False
-    """Mean 0 and variance 1 over all trained tokens of a step."""
+    """Variance 1 over all trained tokens of a step; mean 0 too, where advantages are not centred in groups already."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount per token (gae, returns)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -795,6 +795,7 @@ class Config(Section):
     def _algorithm_checks(self) -> list[tuple[bool, str]]:
         algorithm = self.algorithm
         own = ":" in algorithm.advantage
+        samples = self.rl.prompts_per_step * self.rl.samples_per_prompt
         pairs = algorithm.loss == "preference"
         return [
             (
@@ -830,9 +831,19 @@ class Config(Section):
                 "algorithm.kl_target: there is no KL term to steer; set algorithm.kl_coef above 0, where it starts",
             ),
             (
-                algorithm.reference == "step" and algorithm.kl_coef > 0 and self.updates_per_step == 1,
-                "algorithm.reference: the policy that sampled is the policy in training when a step is one update, and "
-                "their KL is 0; use start, or more updates (rl.minibatches_per_step, rl.epochs_per_step)",
+                algorithm.kl_target is not None and algorithm.kl_horizon <= 0.2 * samples,
+                f"algorithm.kl_horizon: must be over a fifth of the {samples} samples of a step",
+            ),
+            (
+                algorithm.target_kl is not None and pairs,
+                "algorithm.target_kl: a preference loss has no ratio to the policy that sampled; leave it out",
+            ),
+            (
+                algorithm.reference == "step"
+                and algorithm.kl_coef > 0
+                and (self.updates_per_step == 1 or algorithm.kl_in == "reward" or algorithm.kl_target is not None),
+                "algorithm.reference: the KL to the policy that sampled is 0 until a step's second update, so it can "
+                "neither be in the reward nor be steered; use start, or kl_in: loss and more rl.minibatches_per_step",
             ),
             (
                 self.critic.warmup_steps > 0 and not algorithm.needs_critic,

@@ -22,6 +22,7 @@ from engine.data.sources import Rows, load_rows
 from engine.data.steps import build_steps
 from engine.model_folder import check_model, load_tokenizer, make_start
 from engine.rewards.contract import resolve_all
+from engine.user_code import load_object
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
         UserError: with what is wrong, where, and how to mend it.
     """
     resolve_all(config.rewards)
+    if config.stage == "rl":
+        for key, place in (("advantage", config.algorithm.advantage), ("loss", config.algorithm.loss)):
+            if ":" in place:
+                load_object(place, what=f"algorithm.{key}")
     if config.model.new is not None:
         make_start(config)
     else:

@@ -16,6 +16,18 @@ from engine.ray_token import use_private_token
 
 use_private_token()  # before anything imports Ray
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How thorough the tests are that train."""
+    parser.addoption("--seeds", type=int, default=1, help="seeds with which every preset learns the planted task")
+
+
+@pytest.fixture(scope="session")
+def seeds(request: pytest.FixtureRequest) -> int:
+    """How many seeds to train with."""
+    return int(request.config.getoption("--seeds"))
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -77,6 +89,7 @@ def ray_session() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=16,
+        resources={"accel": 4},  # stand-ins for devices
         include_dashboard=False,
         object_store_memory=2**30,
         log_to_driver=False,

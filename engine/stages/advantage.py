@@ -30,6 +30,8 @@ from engine.config import AlgorithmConfig, UserError
 from engine.data.batch import Batch
 from engine.user_code import load_object
 
+WHITEN_EPS = 1e-8
+
 
 def with_advantages(batch: Batch, algorithm: AlgorithmConfig, *, kl_coef: float, max_new_tokens: int) -> Batch:
     """The samples that are to be trained, annotated with `advantages` (and `returns`, where there is a critic).
@@ -60,8 +62,11 @@ def with_advantages(batch: Batch, algorithm: AlgorithmConfig, *, kl_coef: float,
         case spec:
             given = {"scores_B": returns_B, "group_ids": group_ids, "rewards_T": rewards_T, "seq_lens": lens_B}
             advantages_T = _own_advantages(spec, given)
-    if algorithm.whiten_advantages:
-        advantages_T = whiten(advantages_T)
+    if algorithm.whiten_advantages and algorithm.compares_samples:
+        # Groups have centred them. Centring again, on tokens, would give a group without differences an advantage.
+        advantages_T = advantages_T / (advantages_T.var() + WHITEN_EPS).sqrt()
+    elif algorithm.whiten_advantages:
+        advantages_T = whiten(advantages_T, eps=WHITEN_EPS)
     annotations = {"advantages": advantages_T} | ({} if returns_T is None else {"returns": returns_T})
     batch = batch.annotate(**{name: _on_all_tokens(batch, values_T) for name, values_T in annotations.items()})
     if algorithm.advantage == "best_of_n":
@@ -91,7 +96,7 @@ def _token_rewards(batch: Batch, algorithm: AlgorithmConfig, scores_B: torch.Ten
 
 def _own_advantages(spec: str, given: dict[str, Any]) -> torch.Tensor:
     """[T] of the user's estimator, which is given what its parameters name and returns [B] or [T]."""
-    function = load_object(spec, what="advantage estimator")
+    function = load_object(spec, what="algorithm.advantage")
     names = inspect.signature(function).parameters
     if unknown := [name for name in names if name not in given]:
         raise UserError(f"algorithm.advantage: {spec} asks for {unknown[0]!r}; there are {', '.join(given)}")

@@ -161,8 +161,18 @@ def test_bfloat16_trains_too(raw_config, batch, stage):
         assert np.abs(policy.logprobs(batch) - before).max() > 1e-2
 
 
-def test_a_non_finite_loss_stops_the_update(raw_config, batch):
+@pytest.mark.parametrize("policy", [{}, {"ranks": 2, "zero_stage": 2}, {"ranks": 2, "zero_stage": 3}], ids=str)
+def test_an_update_that_is_not_finite_leaves_no_trace(raw_config, batch, policy):
+    """The same two updates, with one of NaN between them or without: losses, schedule and log-probs are the same."""
     advantages = batch.annotations["advantages"].copy()
     advantages[np.flatnonzero(batch.loss_mask)[0]] = np.nan
-    with Session(configure(raw_config)) as policy, pytest.raises(RuntimeError, match="the loss is nan"):
-        policy.update([batch.annotate(advantages=advantages)])
+    poisoned, other = batch.annotate(advantages=advantages), random_batch(9, seed=5)
+    results = []
+    for updates in ([batch, other], [batch, poisoned, other]):
+        with Session(configure(raw_config, **policy)) as group:
+            metrics = group.update(updates)
+            results.append((metrics, group.logprobs(batch)))
+    (clean, expected), (metrics, logp) = results
+    assert (metrics["policy/updates"], metrics["policy/skipped_updates"]) == (2, 1)
+    assert (logp == expected).all()
+    assert {**metrics, "policy/skipped_updates": 0.0} == clean

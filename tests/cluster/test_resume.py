@@ -103,6 +103,10 @@ VARIANTS = {
     "reward_model": {},
     "distill": {},
     "rl": {},
+    "rl, ppo with a steered KL": {
+        "algorithm": {"name": "ppo", "kl_coef": 0.01, "kl_target": 1.0, "kl_horizon": 100},
+        "critic": {"learning_rate": 0.01},
+    },
 }
 
 

@@ -303,7 +303,7 @@ def tight_clusters(draw):
         if giver[name] >= step and draw(st.booleans()):
             giver[name] -= step
             taker[name] += step
-    nodes[0]["CPU"] = max(0.0, nodes[0]["CPU"] + draw(st.sampled_from([-0.5, 0.0, 0.0, 0.5])))
+    nodes[0]["CPU"] = max(0.0, nodes[0]["CPU"] + draw(st.sampled_from([0.0, 0.0, 0.5, -0.5])))
     return bundles, nodes
 
 
