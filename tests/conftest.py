@@ -18,14 +18,28 @@ use_private_token()  # before anything imports Ray
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How thorough the tests are that train."""
-    parser.addoption("--seeds", type=int, default=1, help="seeds with which every preset learns the planted task")
+    """`--thorough` trains with more seeds, and runs the tests marked so: what others cover in other words."""
+    parser.addoption(
+        "--thorough", action="store_true", help="three seeds for each preset, and the tests marked thorough"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the mark."""
+    config.addinivalue_line("markers", "thorough: run with --thorough only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is for `--thorough` only."""
+    left_out = [] if config.getoption("--thorough") else [i for i in items if i.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
-def seeds(request: pytest.FixtureRequest) -> int:
-    """How many seeds to train with."""
-    return int(request.config.getoption("--seeds"))
+def seeds(request: pytest.FixtureRequest) -> range:
+    """What to train with."""
+    return range(3 if request.config.getoption("--thorough") else 1)
 
 
 CHAT_TEMPLATE = (

@@ -9,9 +9,11 @@ import yaml
 
 from engine.config import Config
 from engine.config_file import load_config
+from engine.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALGORITHMS = ROOT / "docs" / "algorithms"
 
 
 def test_the_configuration_page_is_made_from_the_configuration():
@@ -34,6 +36,16 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_preset_has_a_page_whose_configuration_is_valid(tmp_path):
+    assert {page.stem for page in ALGORITHMS.glob("*.md")} == set(PRESETS)
+    for page in ALGORITHMS.glob("*.md"):
+        texts = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)
+        assert texts, page.name
+        for text in texts:
+            (tmp_path / "run.yaml").write_text(text)
+            assert load_config(tmp_path / "run.yaml").algorithm.name == page.stem
+
+
 def test_the_readmes_run_is_a_valid_configuration(tmp_path):
     [text] = [b for b in re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "my_run.yaml" in b]
     (tmp_path / "my_run.yaml").write_text(text)
@@ -51,6 +63,11 @@ def test_the_readmes_reward_works(tmp_path, monkeypatch):
     function = resolve(entry, RewardsConfig(functions=[entry]))
     samples = [Sample(i, "1 + 1", text, Row({"answer": "2"})) for i, text in enumerate([" 2\n", "3"])]
     assert [list(outcome.values()) for outcome in function(samples)] == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
+def test_an_example_is_a_valid_configuration(example):
+    load_config(example)
 
 
 def test_the_quickstart_is_a_valid_configuration():

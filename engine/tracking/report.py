@@ -51,7 +51,7 @@ def reward_parts(run_dir: Path) -> list[Part]:
     names = {"reward/mean": TOTAL} | {
         key: key.removeprefix("reward/").removesuffix("/mean")
         for key in sorted({key for row in rows for key in row})
-        if key.startswith("reward/") and key.endswith("/mean")
+        if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"
     }
     parts = []
     for chunk in np.array_split(np.arange(len(rows)), min(PARTS, len(rows) // 2)):

@@ -47,9 +47,15 @@ def test_the_full_pipeline_goes_through_all_its_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = ("pretrain", "sft", "reward_model", "preference")
     changes = [f"output_dir={tmp_path}", "evaluation.prompts=8", *(f"stages.{s}.training.updates=2" for s in stages)]
-    changes += ["stages.rl.rl.steps=1", "stages.rl.rl.prompts_per_step=4", "policy.threads=1", "rollout.threads=1"]
+    changes += [f"stages.{s}.rl.{size}" for s in ("ppo", "rl") for size in ("steps=1", "prompts_per_step=4")]
+    changes += ["policy.threads=1", "rollout.threads=1"]
     config = load_config("examples/full_pipeline.yaml", changes)
     result = pipeline.run(config)
     assert result.model == (tmp_path / "full-pipeline" / "rl" / "model").absolute()
-    assert {folder.name for folder in config.run_dir.iterdir()} == {*stages, "rl"}
-    assert all((config.run_dir / stage / "model" / "model.safetensors").is_file() for stage in (*stages, "rl"))
+    stages = (*stages, "ppo", "rl")
+    assert {folder.name for folder in config.run_dir.iterdir()} == set(stages)
+    assert all((config.run_dir / stage / "model" / "model.safetensors").is_file() for stage in stages)
+    metrics = [json.loads(line) for line in (config.run_dir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    [step] = [m for m in metrics if "policy/loss" in m]
+    assert step["reward/mean"] == step["reward/reward_model/mean"], "gold is measured and weighs nothing"
+    assert {"reward/gold/mean", "critic/loss", "policy/kl_per_sample"} <= step.keys()

@@ -1,7 +1,7 @@
 """Every preset learns a planted task on the real engine: answers full of the letter e.
 
 One vLLM engine and one pool of reward functions serve all runs; policy, critic and reference are each run's own.
-`pytest --seeds 3` runs three seeds instead of one.
+`pytest --thorough` runs three seeds instead of one.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def gain(steps: list[dict[str, float]]) -> float:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_learns_the_planted_task(name, served, seeds):
-    for seed in range(seeds):
+    for seed in seeds:
         changes = dict(CHANGES.get(name, {}))
         steps = served.train({"name": name} | changes.pop("algorithm", {}), seed, **changes)
         print(f"{name}, seed {seed}: share of e {steps[0]['reward/share_of_e/mean']:.3f}, gain {gain(steps):.3f}")

@@ -110,7 +110,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+COVERED = ("sft", "preference, kto", "reward_model")
+"""By the other variants, in other words: the same loop, the same trainer."""
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=pytest.mark.thorough if v in COVERED else ()) for v in VARIANTS]
+)
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(variant, tiny_model, tmp_path):
     stage = variant.split(",")[0]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
