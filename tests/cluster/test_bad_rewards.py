@@ -73,7 +73,7 @@ def shared_models(models: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
         pool = WorkerGroup("rewards", RewardPool, slots, arguments=[(config.rewards,)], env={}, concurrency=256)
         try:
             pool.call("start", timeout_s=120)
-            yield replace(models, sampling=replace(models.sampling, rewards=RewardGroup(config, pool)))
+            yield replace(models, sampling=replace(models.sampling, rewards=RewardGroup(config, pool, {})))
             pool.call("close", timeout_s=30)
         finally:
             pool.kill()

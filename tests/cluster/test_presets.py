@@ -38,7 +38,7 @@ from engine.tracking.tracker import Tracker
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
 STEPS = 24
-RISE = 0.25
+RISE = 0.4
 """Share of e that a run must gain, from its first step to the mean of its last four. It starts at about 0.04."""
 OWN = ("advantage", "loss")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_algorithm.py"
