@@ -36,11 +36,13 @@ class Group:
 
     def kept(self) -> list[int]:
         """Positions of the samples that can be trained on."""
-        return [i for i in range(len(self.sample_ids)) if i not in self.dropped()]
+        dropped = self.dropped()
+        return [i for i in range(len(self.sample_ids)) if i not in dropped]
 
     def differs(self) -> bool:
         """Whether the samples that can be trained on have different rewards."""
-        return bool(np.ptp(self.scores.totals[self.kept()]) > 0) if self.kept() else False
+        kept = self.kept()
+        return bool(kept) and bool(np.ptp(self.scores.totals[kept]) > 0)
 
 
 def sample_seeds(*key: int, count: int) -> tuple[int, ...]:

@@ -272,12 +272,12 @@ class RLStage:
             {
                 "prompt": group.prompt.prompt,
                 "completion": generation.text,
-                "reward": None if i in group.dropped() else float(group.scores.totals[i]),
-                "dropped": group.dropped().get(i),
+                "reward": None if i in dropped else float(group.scores.totals[i]),
+                "dropped": dropped.get(i),
                 "finish_reason": generation.finish_reason,
                 "sample_id": group.sample_ids[i],
             }
-            for group in groups
+            for group, dropped in ((group, group.dropped()) for group in groups)
             for i, generation in enumerate(group.generations)
         ]
         self.tracker.samples(step, rows[: self.config.tracking.samples_per_step])

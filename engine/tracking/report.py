@@ -90,11 +90,16 @@ def reward_report(run_dir: Path) -> tuple[Table, list[str]]:
         cells = [
             f"{part.means[n]:.3f} ± {part.errors.get(n, 0.0):.3f}" if n in part.means else "" for n in parts[-1].means
         ]
-        table.add_row(f"{part.first}-{part.last}", f"{max(part.kl, 0.0) ** 0.5:.2f}", *cells)
+        table.add_row(f"{part.first}-{part.last}", _root(part.kl), *cells)
     sentences = [
         f"{name} was over-optimised: highest in steps {best.first}-{best.last} ({best.means[name]:.3f}, sqrt(KL) "
-        f"{max(best.kl, 0.0) ** 0.5:.2f}), at the end {parts[-1].means[name]:.3f}, while the total rose from "
-        f"{best.means[TOTAL]:.3f} to {parts[-1].means[TOTAL]:.3f}"
+        f"{_root(best.kl)}), at the end {parts[-1].means[name]:.3f} (sqrt(KL) {_root(parts[-1].kl)}), while the total "
+        f"rose from {best.means[TOTAL]:.3f} to {parts[-1].means[TOTAL]:.3f}"
         for name, best in over_optimised(parts).items()
     ]
     return table, sentences
+
+
+def _root(kl: float) -> str:
+    """The estimate may be slightly below 0."""
+    return "?" if np.isnan(kl) else f"{max(kl, 0.0) ** 0.5:.2f}"
