@@ -10,7 +10,7 @@ import pytest
 from engine.config import UserError
 from engine.data.examples import Example, PreparedExamples, to_batch
 from engine.data.prompts import build_prompts
-from engine.data.steps import build_steps
+from engine.data.steps import build_steps, step_ends
 from tests.data.tokenizer_families import CORES, LOSSLESS, data_of, decode, make, rows_of
 
 ROW = {"prompt": "how many?", "steps": ["think about it", "1 and 2", "12"], "labels": [True, 0.25, 0]}
@@ -95,3 +95,28 @@ def test_a_bad_row_is_told_or_skipped(change: dict[str, Any], reason: str) -> No
         build(make("byte-level"), ROW, ROW | change)
     assert f"file.jsonl:2: {reason}" in str(caught.value)
     assert build(make("byte-level"), ROW, ROW | change, on_bad_row="skip").examples[0].row == ROW
+
+
+@pytest.mark.parametrize(
+    ("pieces", "separator", "ends"),
+    [
+        (["one", "\n", "two", "\n"], "\n", [1, 3]),
+        (["one", "\n", "two"], "\n", [1, 2]),
+        (["one", ".\n", "\n", " two", "<end>"], "\n", [1, 2, 3]),
+        (["one", " then", " two", "<end>"], "\n", [2]),
+        (["a", "b"], "", [1]),
+        (["one", "\n", " ", "<end>"], "\n", [1]),
+        (["<end>"], "\n", [0]),
+        (["x#", "#y", "##"], "##", [1, 2]),
+    ],
+)
+def test_a_step_of_a_response_ends_with_the_token_that_completes_the_separator(pieces, separator, ends):
+    class Pieces:
+        """Token i is the text of piece i."""
+
+        all_special_ids = (pieces.index("<end>"),) if "<end>" in pieces else ()
+
+        def decode(self, ids: list[int]) -> str:
+            return pieces[ids[0]]
+
+    assert step_ends(range(len(pieces)), Pieces(), separator) == ends
