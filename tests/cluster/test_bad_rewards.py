@@ -150,7 +150,7 @@ def test_a_cluster_too_small_for_the_roles_is_told_with_what_is_missing(
     message = run(GOOD)
     assert "the run needs 66 CPU (policy: 64 x 1 CPU, rollout: 1 x 1 CPU, rewards: 1 x 1 CPU)" in message
     assert "the whole cluster has 16 CPU" in message
-    assert "add nodes, or lower ranks" in message
+    assert "add nodes, let roles share devices" in message
 
 
 def test_an_address_where_no_cluster_answers_is_told_soon(raw_config: dict[str, Any], tmp_path: Path) -> None:
