@@ -159,7 +159,7 @@ def test_a_submitted_run_succeeds_and_its_records_are_where_it_was_told(
 def test_a_submitted_run_that_fails_is_a_failed_job_with_an_exit_code(head: Head, overrides: list[str]) -> None:
     done = submit(head, "bad", *overrides, "rl.samples_per_prompt=1")
     assert done.returncode != 0, done.stdout
-    assert "rl.samples_per_prompt: GRPO compares the samples of one prompt" in done.stdout
+    assert "rl.samples_per_prompt: grpo compares the samples of one prompt" in done.stdout
     status = head.job("status", "bad").stdout
     assert "FAILED" in status.upper()
     assert "exit code 2" in status
