@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.group import ActorError, Turns
+from actors.group import ActorError, Turns, start_all
 
 
 class Group:
@@ -51,3 +51,46 @@ def test_nobody_wakes_beside_a_group_that_did_not_leave():
     with pytest.raises(ActorError, match="stuck"):
         turns.take(other)
     assert ("other", "wake") not in calls
+
+
+def test_whoever_failed_to_wake_is_woken_again_and_nobody_is_put_to_sleep_twice():
+    calls: list[tuple[str, str]] = []
+    turns: Any = Turns(1.0)
+    policy, critic = Group("policy", calls), Group("critic", calls, fails="wake")
+    turns.start(policy, 1.0)
+    with pytest.raises(ActorError, match="critic"):
+        turns.take(critic)
+    critic.fails = ""
+    turns.take(critic)
+    assert calls == [("policy", "start"), ("policy", "sleep"), ("critic", "wake")]
+
+
+def test_starting_has_a_deadline_of_its_own_and_the_turns_have_another():
+    class Timed(Group):
+        def call(self, method: str, *, timeout_s: float, in_turn: bool) -> None:
+            self.calls.append((method, str(timeout_s)))
+
+    calls: list[tuple[str, str]] = []
+    turns: Any = Turns(1.0)
+    one, other = Timed("one", calls), Timed("other", calls)
+    turns.start(one, 60.0)
+    turns.start(other, 70.0)
+    turns.take(one)
+    assert calls == [("start", "60.0"), ("sleep", "1.0"), ("start", "70.0"), ("sleep", "1.0"), ("wake", "1.0")]
+
+
+def test_groups_that_take_turns_start_one_after_the_other_in_their_order():
+    calls: list[tuple[str, str]] = []
+    shared, own = Turns(1.0), Turns(1.0)
+    groups: list[Any] = [Group(name, calls) for name in ("rollout", "reference", "policy", "critic")]
+    for group, turns in zip(groups, (shared, own, shared, shared), strict=True):
+        group.turns = turns
+    start_all(groups, 1.0)
+    assert calls == [
+        ("rollout", "start"),
+        ("reference", "start"),
+        ("rollout", "sleep"),
+        ("policy", "start"),
+        ("policy", "sleep"),
+        ("critic", "start"),
+    ]

@@ -94,7 +94,7 @@ PER_ROW: dict[str, PerRow] = {  # of rows with eight numbers
 
 @pytest.mark.parametrize("function", PER_SAMPLE.values(), ids=PER_SAMPLE.keys())
 @given(lens=LENS, seed=SEEDS, data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_samples_in_any_order_get_what_they_get_in_the_whole_batch(function, lens, seed, data):
     tokens, score_B = random(3, sum(lens), seed=seed), random(len(lens), seed=seed + 1)
     chosen = data.draw(st.lists(st.sampled_from(range(len(lens))), unique=True))
@@ -105,7 +105,7 @@ def test_any_samples_in_any_order_get_what_they_get_in_the_whole_batch(function,
 
 @pytest.mark.parametrize("function", PER_ROW.values(), ids=PER_ROW.keys())
 @given(rows=st.integers(1, 6), seed=SEEDS, data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_rows_in_any_order_get_what_they_get_in_the_whole_batch(function, rows, seed, data):
     x = random(rows, 8, seed=seed)
     chosen = data.draw(st.lists(st.sampled_from(range(rows)), unique=True))
@@ -131,14 +131,16 @@ def test_any_groups_in_any_order_and_under_any_ids_get_what_they_get_in_the_whol
     whole = estimator(torch.tensor([s for s, _ in rows], dtype=torch.float64), [g for _, g in rows])
     kept = data.draw(st.sets(st.sampled_from(range(len(groups))), min_size=1))
     chosen = data.draw(st.permutations([i for i, (_, g) in enumerate(rows) if g in kept]))
-    alone = estimator(torch.tensor([rows[i][0] for i in chosen]).double(), [11 - 3 * rows[i][1] for i in chosen])
-    torch.testing.assert_close(alone, whole[chosen], rtol=1e-6, atol=1e-7)
+    alone = estimator(
+        torch.tensor([rows[i][0] for i in chosen], dtype=torch.float64), [11 - 3 * rows[i][1] for i in chosen]
+    )
+    torch.testing.assert_close(alone, whole[chosen])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [*PER_SAMPLE, *PER_ROW])
 @given(lens=LENS, seed=SEEDS, spread=st.floats(0, 100), data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_values_and_gradients_stay_finite_for_log_ratios_up_to_200(name, dtype, lens, seed, spread, data):
     if name in PER_SAMPLE:
         x = (spread * random(3, sum(lens), seed=seed)).clamp(-100, 100).to(dtype).requires_grad_()
@@ -161,7 +163,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 @given(owners=st.lists(st.integers(0, 2), min_size=1, max_size=9), seed=SEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_output_layers_gradients_of_micro_batches_add_up_to_that_of_the_whole(head, owners, seed):
     hidden_T, weight = random(len(owners), H, seed=seed), WEIGHT.clone().requires_grad_()
     (whole,) = torch.autograd.grad(head(hidden_T, weight).sum(), weight)
@@ -184,7 +186,7 @@ every_objective = [
     pytest.mark.parametrize("mode", MODES),
     pytest.mark.parametrize("loss", LOSSES.keys()),
     given(lens=LENS, seed=SEEDS, correction=CORRECTIONS, data=st.data()),
-    settings(max_examples=12, deadline=None),
+    settings(max_examples=8, deadline=None),
 ]
 
 
@@ -319,8 +321,10 @@ def test_at_ratio_one_every_objective_has_the_gradient_of_reinforce(mode, loss, 
 def test_groups_without_a_difference_teach_exactly_nothing(mode, loss, lens, seed, correction, data):
     rollouts = Rollouts(lens, seed, correction, spread=data.draw(st.floats(0, 50)))
     rollouts.ref_logp_T = rollouts.logp_T.detach()
-    score = data.draw(st.floats(-1e3, 1e3))
-    advantages_B = group_relative(torch.full((len(lens),), score).double(), [i // 2 for i in range(len(lens))])
+    score = data.draw(st.sampled_from([0.1, 0.3, 1 / 3, -0.7, 1.0]))
+    advantages_B = group_relative(
+        torch.full((len(lens),), score, dtype=torch.float64), [i // 3 for i in range(len(lens))]
+    )
     rollouts.advantages_T = torch.repeat_interleave(advantages_B, torch.tensor(lens))
     value = rollouts.objective(loss, mode)
     assert value.item() == 0.0

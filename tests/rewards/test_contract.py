@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.config import RewardConfig, RewardsConfig, UserError
-from engine.rewards.contract import Outcome, RewardFunction, Row, Sample, resolve, resolve_all, reward
+from engine.rewards.contract import Outcome, RewardFunction, Row, Sample, Scores, resolve, resolve_all, reward
 
 
 def sample(completion: str = "42", prompt: Any = "6 * 7 = ?", id: int = 0, **columns: Any) -> Sample:
@@ -324,3 +324,46 @@ def test_the_decorator_leaves_the_function_itself_unchanged() -> None:
 def test_settings_without_a_sensible_value_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"@reward\\({next(iter(settings))}="):
         reward(**settings)
+
+
+class TestScoresOfSeveralSources:
+    def test_samples_that_nobody_has_scored_are_all_dropped_for_that(self) -> None:
+        scores = Scores.without_opinion(2)
+        assert np.isnan(scores.totals).all()
+        assert (scores.components, scores.dropped, scores.incidents) == ({}, {0: "no_reward", 1: "no_reward"}, [])
+        assert len(Scores.without_opinion(0).totals) == 0
+
+    def test_components_add_up_with_their_weights_and_are_kept_unweighted(self) -> None:
+        functions = Scores({"f": np.array([1, 2], np.float32)}, np.array([0.5, 1], np.float32))
+        both = functions.plus("rm", np.array([3, -1], np.float32), 2.0, [7, 8])
+        assert {name: values.tolist() for name, values in both.components.items()} == {"f": [1, 2], "rm": [3, -1]}
+        assert both.totals.tolist() == [6.5, -1.0]
+        assert (both.totals.dtype, both.components["rm"].dtype) == (np.float32, np.float32)
+        assert (both.dropped, both.incidents) == ({}, [])
+        assert (functions.totals.tolist(), set(functions.components)) == ([0.5, 1.0], {"f"}), "it is not changed"
+
+    def test_who_had_no_reward_has_one_now_even_if_it_weighs_nothing(self) -> None:
+        functions = Scores({}, np.array([np.nan, 1], np.float32), {0: "no_reward"})
+        measured = functions.plus("rm", np.array([5, 5], np.float32), 0.0, [7, 8])
+        assert (measured.totals.tolist(), measured.dropped) == ([0.0, 1.0], {})
+
+    def test_what_a_function_dropped_stays_dropped_for_its_reason(self) -> None:
+        failed = Scores(
+            {"f": np.array([1, np.nan, np.nan], np.float32)},
+            np.array([1, np.nan, np.nan], np.float32),
+            {1: "reward_timeout", 2: "reward_error"},
+            [{"kind": "timeout"}],
+        )
+        both = failed.plus("rm", np.array([np.inf, 2, np.nan], np.float32), 1.0, [7, 8, 9])
+        assert list(both.dropped.items()) == [(0, "reward_not_finite"), (1, "reward_timeout"), (2, "reward_error")]
+        assert np.isnan(both.totals).all()
+        assert [bool(np.isnan(value)) for value in both.components["rm"]] == [True, False, True]
+
+    def test_each_value_that_is_not_finite_is_an_incident(self) -> None:
+        broken = np.array([1, np.nan, np.inf, -np.inf], np.float32)
+        scores = Scores.without_opinion(4).plus("rm", broken, 2.0, [10, 11, 12, 13])
+        assert scores.incidents == [
+            {"kind": "reward_not_finite", "function": "rm", "sample_id": i, "attempt": 1, "message": message}
+            for i, message in enumerate([f"the reward model gave {x}" for x in ("nan", "inf", "-inf")], 11)
+        ]
+        assert scores.totals[0] == 2
