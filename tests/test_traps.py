@@ -129,7 +129,7 @@ def batch_of(lens: list[int]) -> Batch:
 
 
 class Model:
-    """A model in training, as a stage sees it: it keeps what it was given and gives log-probs and values of 0."""
+    """A model in training, as a stage sees it: it keeps what it was given, and its values are 0."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -356,6 +356,7 @@ class TestScoresOfSeveralSources:
         )
         both = failed.plus("rm", np.array([np.inf, 2, np.nan], np.float32), 1.0, [7, 8, 9])
         assert list(both.dropped.items()) == [(0, "reward_not_finite"), (1, "reward_timeout"), (2, "reward_error")]
+        assert [incident["kind"] for incident in both.incidents] == ["timeout"] + ["reward_not_finite"] * 2
         assert np.isnan(both.totals).all()
         assert [bool(np.isnan(value)) for value in both.components["rm"]] == [True, False, True]
 
