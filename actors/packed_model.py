@@ -216,7 +216,7 @@ class PackedLogProbs(nn.Module):
         self.head = LogProbHead(packed.model.get_output_embeddings().weight, temperature=temperature)
 
     def forward(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (logp [R], entropy [R], without gradient) in float32."""
+        """Returns (logp [R], entropy [R]) in float32."""
         return self.head(self.packed(row)[row.predictors], row.targets)
 
 

@@ -142,8 +142,10 @@ class Scores:
         """With another component, [B]. A sample whose value is not finite is dropped as "reward_not_finite"."""
         broken = [int(position) for position in np.flatnonzero(~np.isfinite(values_B))]
         dropped = {position: reason for position, reason in self.dropped.items() if reason != NO_REWARD}
-        dropped |= {position: "reward_not_finite" for position in broken if position not in dropped}
-        totals_B = np.where(np.isnan(self.totals), 0, self.totals) + np.float32(weight) * values_B
+        totals_B = np.where(np.isnan(self.totals), 0, self.totals) + weight * values_B.astype(np.float64)
+        too_large = [int(position) for position in np.flatnonzero(np.abs(totals_B) > _FLOAT32_MAX)]
+        for position in [*broken, *too_large]:
+            dropped.setdefault(position, "reward_not_finite" if position in broken else "reward_overflow")
         totals_B[list(dropped)] = np.nan
         incidents = [
             {"kind": "reward_not_finite", "function": name, "sample_id": sample_ids[position], "attempt": 1}

@@ -64,7 +64,7 @@ def with_advantages(batch: Batch, algorithm: AlgorithmConfig, *, kl_coef: float,
             advantages_T = _own_advantages(spec, given)
     if algorithm.whiten_advantages and algorithm.compares_samples:
         # Groups have centred them. Centring again, on tokens, would give a group without differences an advantage.
-        advantages_T = advantages_T / (advantages_T.var() + WHITEN_EPS).sqrt()
+        advantages_T = advantages_T / (advantages_T.var(correction=min(1, len(advantages_T) - 1)) + WHITEN_EPS).sqrt()
     elif algorithm.whiten_advantages:
         advantages_T = whiten(advantages_T, eps=WHITEN_EPS)
     annotations = {"advantages": advantages_T} | ({} if returns_T is None else {"returns": returns_T})
@@ -110,6 +110,7 @@ def _own_advantages(spec: str, given: dict[str, Any]) -> torch.Tensor:
         )
     if not bool(result.isfinite().all()):
         raise UserError(f"algorithm.advantage: {spec} returned a number that is not finite")
+    result = result.detach()
     return _per_token(result, given["seq_lens"]) if result.shape == (samples,) else result
 
 

@@ -197,6 +197,14 @@ def test_log_probs_that_are_not_finite_are_never_trained_on(tmp_path):
         guard.check(broken, 3)
 
 
+def test_a_step_of_one_token_and_a_reward_too_large_for_a_float_stay_out_of_the_maths():
+    one_token = batch_of([1.0], [0], [[False, True]])
+    assert per_sample(advantages(one_token, preset("reinforce_pp_baseline"))) == [0.0]
+    scores = Scores.without_opinion(2).plus("rm", np.array([3e38, 1.0], np.float32), 2.0, [0, 1])
+    assert scores.dropped == {0: "reward_overflow"}
+    assert scores.totals[1] == 2.0
+
+
 def test_a_steered_kl_coefficient_follows_the_measured_kl():
     controller = kl_controller(preset("ppo", kl_coef=0.1, kl_target=2.0, kl_horizon=100.0))
     controller.update(4.0, 50)
