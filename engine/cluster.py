@@ -285,17 +285,13 @@ def _close_pool(pool: WorkerGroup) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: actors do not share the controller's working directory."""
-    rewards = config.rewards
-    functions = [entry.model_copy(update={"function": _absolute(entry.function)}) for entry in rewards.functions]
-    models = [source.model_copy(update={"path": _absolute(source.path)}) for source in rewards.models]
-    algorithm = {key: _absolute(getattr(config.algorithm, key)) for key in ("advantage", "loss")}
+    config = config.with_model_paths(_absolute)
+    functions = [f.model_copy(update={"function": _absolute(f.function)}) for f in config.rewards.functions]
+    own = {key: _absolute(getattr(config.algorithm, key)) for key in ("advantage", "loss")}
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
-            "critic": config.critic.model_copy(update={"path": _absolute(config.critic.path)}),
-            "distill": config.distill.model_copy(update={"teacher": _absolute(config.distill.teacher)}),
-            "rewards": rewards.model_copy(update={"functions": functions, "models": models}),
-            "algorithm": config.algorithm.model_copy(update=algorithm),
+            "rewards": config.rewards.model_copy(update={"functions": functions}),
+            "algorithm": config.algorithm.model_copy(update=own),
         }
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -459,7 +459,6 @@ class ReferenceConfig(Section):
 
     measure: bool = False
     """Measure the KL to the starting policy even where nothing depends on it."""
-
     ranks: Count = 1
     """Data-parallel processes."""
     threads: Count = 1
@@ -891,6 +890,18 @@ class Config(Section):
             paths["critic.path"] = self.critic.path
         paths |= {f"rewards.models.{i}.path": source.path for i, source in enumerate(self.rewards.models)}
         return {key: path for key, path in paths.items() if path}
+
+    def with_model_paths(self, change: Callable[[str], str]) -> Config:
+        """The same with every model's path, whichever stage reads it, changed so."""
+        models = [source.model_copy(update={"path": change(source.path)}) for source in self.rewards.models]
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"path": change(self.model.path)}),
+                "distill": self.distill.model_copy(update={"teacher": change(self.distill.teacher)}),
+                "critic": self.critic.model_copy(update={"path": change(self.critic.path)}),
+                "rewards": self.rewards.model_copy(update={"models": models}),
+            }
+        )
 
     @property
     def trains_adapter(self) -> bool:

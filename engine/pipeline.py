@@ -91,15 +91,10 @@ def resolved(config: Config, models: Mapping[str, Path]) -> Config:
     def path(given: str) -> str:
         return str(models[given.removeprefix(STAGE_PREFIX)]) if given.startswith(STAGE_PREFIX) else given
 
-    start = str(start_folder(config)) if config.model.new is not None else path(config.model.path)
-    model = config.model.model_copy(update={"path": start})
-    updates = {
-        "model": model,
-        "distill": config.distill.model_copy(update={"teacher": path(config.distill.teacher)}),
-        "critic": config.critic.model_copy(update={"path": path(config.critic.path)}),
-    }
-    scorers = [source.model_copy(update={"path": path(source.path)}) for source in config.rewards.models]
-    return config.model_copy(update=updates | {"rewards": config.rewards.model_copy(update={"models": scorers})})
+    found = config.with_model_paths(path)
+    if config.model.new is None:
+        return found
+    return found.model_copy(update={"model": config.model.model_copy(update={"path": str(start_folder(config))})})
 
 
 def _preflight(stages: Mapping[str, Config], missing: list[str]) -> dict[str, Plan]:

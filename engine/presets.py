@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_NO_CLIPPING_LOSS = {"correction": {"mode": "none"}}
-"""A loss on answers that were chosen, not weighted by how likely they were."""
+_UNCORRECTED = {"correction": {"mode": "none"}}
+"""Answers that were chosen are not weighted by how likely they were."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {  # arXiv:1707.06347, 2203.02155
@@ -68,18 +68,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "online_dpo": {  # arXiv:2402.04792
         "advantage": "best_vs_worst",
         "loss": "preference",
-        **_NO_CLIPPING_LOSS,
+        **_UNCORRECTED,
     },
     "iterative_dpo": {  # arXiv:2312.16682, 2404.19733
         "advantage": "best_vs_worst",
         "loss": "preference",
         "reference": "step",
-        **_NO_CLIPPING_LOSS,
+        **_UNCORRECTED,
     },
     "rejection_sampling": {  # arXiv:2304.06767
         "advantage": "best_of_n",
         "loss": "reinforce",
         "loss_aggregation": "token-mean",
-        **_NO_CLIPPING_LOSS,
+        **_UNCORRECTED,
     },
 }

@@ -38,9 +38,10 @@ class Batch:
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
     """name -> [B] float32: each component, unweighted; NaN is "no opinion"."""
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
-    """name -> [T] float32: `advantages`, `ref_logp`, `old_logp`, `labels`; 0 where loss_mask is False."""
+    """name -> [T] float32: log-probs under other weights (`old_logp`, `ref_logp`, `start_logp`), `values`, `returns`,
+    `advantages`, `labels`; 0 where loss_mask is False."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
-    """name -> [B] float32: what a row says about a sample, e.g. `rank`, `margin`, or `ref_logp`, a sum over it."""
+    """name -> [B] float32: what is known of a sample, e.g. `rank`, `margin`, `kl_coef`; `ref_logp`, a sum over it."""
 
     @staticmethod
     def offline(

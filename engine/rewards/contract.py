@@ -139,7 +139,7 @@ class Scores:
         return Scores({}, np.full(count, np.nan, np.float32), dict.fromkeys(range(count), NO_REWARD))
 
     def plus(self, name: str, values_B: np.ndarray, weight: float, sample_ids: Sequence[int]) -> Scores:
-        """With another component, [B]. A sample whose value is not finite is dropped as "reward_not_finite"."""
+        """With another component, [B]; what makes a sample's total not finite, or too large, drops it by name."""
         broken = [int(position) for position in np.flatnonzero(~np.isfinite(values_B))]
         dropped = {position: reason for position, reason in self.dropped.items() if reason != NO_REWARD}
         totals_B = np.where(np.isnan(self.totals), 0, self.totals) + weight * values_B.astype(np.float64)

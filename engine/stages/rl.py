@@ -187,9 +187,13 @@ class RLStage:
                 metrics |= self.guard.update(self.policy, minibatches, step)
         if step == 1 + config.critic.warmup_steps:
             self._check_first_step(metrics)
-        if any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models):
+        if self._learned(metrics):
             self.ledger.train(batch.sample_ids)
         return metrics
+
+    def _learned(self, metrics: dict[str, float]) -> bool:
+        """Whether any model took an update."""
+        return any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models)
 
     def _minibatches(self, batch: Batch, step: int) -> Iterator[Batch]:
         """Whole groups, shuffled anew each epoch; a single update takes the batch as it is."""
@@ -205,7 +209,7 @@ class RLStage:
 
     def _settle(self, metrics: dict[str, float]) -> None:
         """Every sample of the step is trained, or dropped for a reason, when it ends; the KL's weight follows it."""
-        learned = any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models)
+        learned = self._learned(metrics)
         if self.ledger.in_flight:
             self.ledger.drop(self.ledger.in_flight, "not_selected" if learned else "nothing_learned")
         self.ledger.check()

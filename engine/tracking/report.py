@@ -77,7 +77,7 @@ def over_optimised(parts: list[Part]) -> dict[str, Part]:
         best = max((part for part in parts if name in part.means), key=lambda part: part.means[name])
         error = (best.errors.get(name, 0.0) ** 2 + last.errors.get(name, 0.0) ** 2) ** 0.5
         fell = best.means[name] - last.means[name] > STANDARD_ERRORS * error
-        if name != TOTAL and fell and last.means[TOTAL] >= best.means[TOTAL]:
+        if fell and last.means[TOTAL] >= best.means[TOTAL]:
             found[name] = best
     return found
 
