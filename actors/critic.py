@@ -100,4 +100,4 @@ class CriticGroup(TrainedGroup):
     def values(self, batch: Batch) -> np.ndarray:
         """[T] float32: values of the states before each trained token, 0 elsewhere."""
         split = self._split(batch)
-        return split.merge(self.workers.scatter("values", split.shares(), timeout_s=self.config.timeouts.forward))
+        return split.merge(self.workers.scatter("values", split.shares(), timeout_s=self.config.timeouts.update))

@@ -268,10 +268,10 @@ class Split:
                 merged_T[index_T[self.batch.loss_mask[index_T]]] = values_R
         return merged_T
 
-    def merge_samples(self, results: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """One number per sample of each rank's micro-batches -> [B] in the batch's own order."""
-        merged_B = np.zeros(len(self.batch), np.float32)
+    def merge_samples(self, results: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
+        """One result per sample of each rank's micro-batches -> [B] in the batch's own order."""
+        merged: dict[int, Any] = {}
         for share, values in zip(self.plan, results, strict=True):
-            for samples, values_b in zip(share, values, strict=True):
-                merged_B[samples] = values_b
-        return merged_B
+            for samples, held in zip(share, values, strict=True):
+                merged |= dict(zip(samples, held, strict=True))
+        return [merged[sample] for sample in range(len(self.batch))]

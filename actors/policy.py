@@ -131,14 +131,14 @@ class PolicyGroup(TrainedGroup):
     def predictions(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Of the trained tokens: log-probs, and 1 where the token is the likeliest; both [T] float32, 0 elsewhere."""
         split = self._split(batch)
-        results = self.workers.scatter("predictions", split.shares(), timeout_s=self.config.timeouts.forward)
+        results = self.workers.scatter("predictions", split.shares(), timeout_s=self.config.timeouts.update)
         logp, hits = ([[part[i] for part in share] for share in results] for i in (0, 1))
         return split.merge(logp), split.merge(hits)
 
     def divergences(self, batch: Batch) -> np.ndarray:
         """[T] float32: divergence of the trained tokens' distributions from the teacher's, 0 elsewhere."""
         split = self._split(batch)
-        timeout_s = self.config.timeouts.forward
+        timeout_s = self.config.timeouts.update
         return split.merge(self.workers.scatter("divergences", split.shares(), timeout_s=timeout_s))
 
     def publish(self, version: int) -> Snapshot:
@@ -147,5 +147,5 @@ class PolicyGroup(TrainedGroup):
 
     def _logprobs(self, batch: Batch, **how: bool) -> np.ndarray:
         split = self._split(batch)
-        results = self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.forward, **how)
+        results = self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.update, **how)
         return split.merge(results)

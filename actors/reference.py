@@ -33,4 +33,4 @@ class ReferenceGroup(FrozenGroup):
     def logprobs(self, batch: Batch) -> np.ndarray:
         """[T] float32: log-probs of the trained tokens under the starting policy, 0 elsewhere."""
         split = self.split(batch)
-        return split.merge(self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.forward))
+        return split.merge(self.workers.scatter("logprobs", split.shares(), timeout_s=self.config.timeouts.update))

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from actors.group import WorkerGroup, as_completed
-from actors.reward_scorer import RewardScorerGroup
+from actors.reward_scorer import ModelScores, RewardScorerGroup
 from engine.config import Config
 from engine.data.batch import Batch
 from engine.rewards.contract import Sample, Scores
@@ -47,19 +47,21 @@ class RewardGroup:
         values = self._ask_models(samples)
         for key, scores in [*done, *self._wait_for(list(self._pending))]:
             ids = [sample.id for sample in samples[key]]
-            for source in self.config.rewards.models:
-                scores = scores.plus(source.name, values[source.name][key], source.weight, ids)
+            for name, by_group in values.items():
+                scores = scores.plus(name, *by_group[key], ids)
             yield key, scores
 
-    def _ask_models(self, samples: Mapping[int, list[Sample]]) -> dict[str, dict[int, np.ndarray]]:
-        """Name of each model -> key of each group -> [B] rewards of its samples."""
+    def _ask_models(self, samples: Mapping[int, list[Sample]]) -> dict[str, dict[int, ModelScores]]:
+        """Name of each model -> key of each group -> rewards of its samples."""
         if not self.models or not samples:
             return {name: {} for name in self.models}
         batch = _to_batch([sample for group in samples.values() for sample in group])
-        cuts = np.cumsum([len(group) for group in samples.values()])[:-1]
+        ends = np.cumsum([len(group) for group in samples.values()]).tolist()
+        spans = dict(zip(samples, zip([0, *ends[:-1]], ends, strict=True), strict=True))
+        answers = {name: model.scores(batch) for name, model in self.models.items()}
         return {
-            name: dict(zip(samples, np.split(model.scores(batch), cuts), strict=True))
-            for name, model in self.models.items()
+            name: {key: (values_B[start:end], steps[start:end]) for key, (start, end) in spans.items()}
+            for name, (values_B, steps) in answers.items()
         }
 
     def _wait_for(self, refs: Sequence[Any]) -> Iterator[tuple[int, Scores]]:

@@ -122,4 +122,4 @@ class RewardModelGroup(TrainedGroup):
     def scores(self, batch: Batch) -> np.ndarray:
         """[T] float32: scores at the scored tokens, 0 elsewhere."""
         split = self._split(batch)
-        return split.merge(self.workers.scatter("scores", split.shares(), timeout_s=self.config.timeouts.forward))
+        return split.merge(self.workers.scatter("scores", split.shares(), timeout_s=self.config.timeouts.update))

@@ -10,6 +10,7 @@ harm. A plain class: the cluster makes a Ray actor of it.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import queue
 import signal
@@ -28,7 +29,7 @@ import numpy as np
 from pebble import ProcessExpired, ProcessPool
 
 from engine.config import RewardsConfig, UserError
-from engine.rewards.contract import NO_REWARD, Outcome, RewardError, Sample, Scores, resolve_all
+from engine.rewards.contract import Outcome, RewardError, Sample, Scores, resolve_all
 from engine.user_code import describe_error
 
 START_DEADLINE = 120.0
@@ -43,7 +44,6 @@ class _Function:
     """What the pool must know of a reward function; the function itself stays in the workers."""
 
     name: str
-    weight: float
     timeout: float
     on_error: str
     batch: bool
@@ -255,6 +255,7 @@ class _Scoring:
         self.dropped: dict[int, str] = {}
         self.incidents: list[dict[str, Any]] = []
         self._values = {f.name: self._no_opinion() for f in functions}
+        self._steps: dict[str, list[np.ndarray | None]] = {}
 
     def _no_opinion(self) -> np.ndarray:
         return np.full(len(self.samples), np.nan, np.float32)
@@ -287,7 +288,10 @@ class _Scoring:
                 continue
             call.unanswered.remove(position)
             for name, value in outcome.items():
-                self._values.setdefault(name, self._no_opinion())[position] = value
+                values = self._values.setdefault(name, self._no_opinion())
+                values[position] = math.fsum(value) if isinstance(value, tuple) else value
+                if isinstance(value, tuple):
+                    self._steps.setdefault(name, [None] * len(self.samples))[position] = np.array(value)
         return message
 
     def _record(self, call: _Call, kind: str, sample_id: int | None, message: str) -> None:
@@ -296,18 +300,9 @@ class _Scoring:
         self.incidents.append(incident)
 
     def scores(self) -> Scores:
-        """The weighted sums, once every call is settled."""
-        held_FB = np.stack([self._values[f.name] for f in self.functions]).astype(np.float64)
-        weights_F = np.array([f.weight for f in self.functions])
-        totals_B = np.nansum(weights_F[:, None] * held_FB, axis=0)
-        for position in np.flatnonzero(np.isnan(held_FB).all(axis=0)):
-            self.dropped.setdefault(int(position), NO_REWARD)
-        with np.errstate(over="ignore"):
-            totals_B = totals_B.astype(np.float32)
-        for position in np.flatnonzero(~np.isfinite(totals_B)):
-            self.dropped.setdefault(int(position), "reward_overflow")
-        totals_B[list(self.dropped)] = np.nan
-        return Scores(self._values, totals_B, dict(sorted(self.dropped.items())), self.incidents)
+        """The components, once every call is settled."""
+        dropped = dict(sorted(self.dropped.items()))
+        return Scores(self._values, self._no_opinion(), dropped, self.incidents, self._steps)
 
 
 def _exit_reason(code: int) -> str:
@@ -344,7 +339,7 @@ def _start_worker(rewards: RewardsConfig, parent: int) -> None:
 def _describe() -> list[_Function] | str:
     if isinstance(_functions, str):
         return _functions
-    return [_Function(f.name, f.weight, f.timeout, f.on_error, f.batch) for f in _functions]
+    return [_Function(f.name, f.timeout, f.on_error, f.batch) for f in _functions]
 
 
 def _call(function: int, samples: list[Sample]) -> list[Outcome] | str:

@@ -18,10 +18,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from actors.frozen import FrozenActor, FrozenGroup
+from actors.group import WorkerGroup
 from actors.packed_model import PackedModel, PackedRow, PackedScores, load_scoring_model
 from engine.config import Config, ModelRewardConfig
 from engine.data.batch import Batch
 from engine.data.steps import step_ends
+
+ModelScores = tuple[np.ndarray, list[np.ndarray | None]]
+"""[B] float32 rewards, and for each sample those of its steps, where the model rewards steps."""
 
 
 class RewardScorerActor(FrozenActor):
@@ -40,19 +44,19 @@ class RewardScorerActor(FrozenActor):
         return PackedScores(PackedModel(model))
 
     @torch.inference_mode()
-    def scores(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
-        """[B] float32 rewards of each micro-batch's samples."""
-        return [self._scores(batch) if len(batch) else np.zeros(0, np.float32) for batch in microbatches]
+    def scores(self, microbatches: Sequence[Batch]) -> list[list[np.ndarray]]:
+        """For each sample of each micro-batch its reward, [1] float32, or with `steps: each` one for each step."""
+        return [self._scores(batch) if len(batch) else [] for batch in microbatches]
 
-    def _scores(self, batch: Batch) -> np.ndarray:
+    def _scores(self, batch: Batch) -> list[np.ndarray]:
         marked = replace(batch, loss_mask=self._marks(batch))
         score_S = self.module(PackedRow.of(marked, self.device))[:, 0].float().cpu().numpy()
         if self.process:
             per_sample = np.split(1 / (1 + np.exp(-score_S)), np.cumsum(marked.response_lens)[:-1])
-            return np.array([_joined(chances, self.source.steps) for chances in per_sample], np.float32)
+            return [_joined(chances, self.source.steps).astype(np.float32) for chances in per_sample]
         if self.source.normalize:
             score_S = (score_S - self.record["mean"]) / (self.record["std"] or 1.0)
-        return score_S.astype(np.float32)
+        return list(score_S.astype(np.float32)[:, None])
 
     def _marks(self, batch: Batch) -> np.ndarray:
         """[T] bool: the tokens that are scored."""
@@ -67,22 +71,30 @@ class RewardScorerActor(FrozenActor):
         return marks_T
 
 
-def _joined(chances: np.ndarray, how: str) -> float:
+def _joined(chances: np.ndarray, how: str) -> np.ndarray:
     match how:
         case "min":
-            return float(chances.min())
+            return chances.min(keepdims=True)
         case "mean":
-            return float(chances.mean())
+            return chances.mean(keepdims=True)
         case "last":
-            return float(chances[-1])
-    return float(chances.prod())
+            return chances[-1:]
+        case "product":
+            return chances.prod(keepdims=True)
+    return chances
 
 
 class RewardScorerGroup(FrozenGroup):
     """The controller's side of a reward model."""
 
-    def scores(self, batch: Batch) -> np.ndarray:
-        """[B] float32: the reward of each sample."""
+    def __init__(self, config: Config, source: ModelRewardConfig, workers: WorkerGroup, hidden_size: int) -> None:
+        super().__init__(config, workers, hidden_size)
+        self.each = source.steps == "each"
+
+    def scores(self, batch: Batch) -> ModelScores:
+        """The reward of each sample, and of its steps with `steps: each`."""
         split = self.split(batch)
-        results = self.workers.scatter("scores", split.shares(), timeout_s=self.config.timeouts.forward)
-        return split.merge_samples(results)
+        results = self.workers.scatter("scores", split.shares(), timeout_s=self.config.timeouts.update)
+        per_sample = split.merge_samples(results)
+        values_B = np.array([values.sum() for values in per_sample], np.float32)
+        return values_B, [values.astype(np.float64) if self.each else None for values in per_sample]

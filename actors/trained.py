@@ -191,15 +191,15 @@ class TrainedGroup:
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format, whole or not at all."""
-        self.workers.call("save", folder, record, timeout_s=self.config.timeouts.save)
+        self.workers.call("save", folder, record, timeout_s=self.config.timeouts.publish)
 
     def save_state(self, folder: Path) -> None:
         """Write what training goes on from into a folder that every rank reaches."""
-        self.workers.call("save_state", folder, timeout_s=self.config.timeouts.save)
+        self.workers.call("save_state", folder, timeout_s=self.config.timeouts.publish)
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `save_state` wrote."""
-        self.workers.call("load_state", folder, timeout_s=self.config.timeouts.save)
+        self.workers.call("load_state", folder, timeout_s=self.config.timeouts.publish)
 
     def _split(self, batch: Batch) -> Split:
         return Split.of(

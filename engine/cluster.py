@@ -217,7 +217,7 @@ class _Crew:
 
     def make_trained(self, name: str, actor_class: type, config: Config, *arguments: Any) -> None:
         """A group whose ranks train one model together."""
-        infos = rendezvous(self.slots[name], config.timeouts.place)
+        infos = rendezvous(self.slots[name], config.timeouts.start)
         env = trainer_environment(config.device, config.policy.threads)
         self.make(name, actor_class, [(config, info, *arguments) for info in infos], env)
 
@@ -230,7 +230,7 @@ class _Crew:
         sampling = None
         if "rollout" in groups:
             scorers = {
-                source.name: RewardScorerGroup(config, groups[_scorer(source)], policy.hidden_size)
+                source.name: RewardScorerGroup(config, source, groups[_scorer(source)], policy.hidden_size)
                 for source in config.rewards.models
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
@@ -261,9 +261,9 @@ def _placed(config: Config) -> Iterator[dict[str, Slots]]:
         raise UserError(f"placement: {problem}; {REMEDY}")
     placement = placement_group(list(layout.bundles), strategy="PACK")
     try:
-        if not placement.wait(config.timeouts.place):
+        if not placement.wait(config.timeouts.start):
             raise UserError(
-                f"placement: the cluster did not free {_shown(layout.bundles)} within {config.timeouts.place:.0f} s; "
+                f"placement: the cluster did not free {_shown(layout.bundles)} within {config.timeouts.start:.0f} s; "
                 f"free now: {_shown([ray.available_resources()])}; wait for other jobs, or {REMEDY}"
             )
         yield {role: Slots(placement, seats) for role, seats in layout.seats.items()}
@@ -286,7 +286,10 @@ def _close_pool(pool: WorkerGroup) -> None:
 def _with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: actors do not share the controller's working directory."""
     config = config.with_model_paths(_absolute)
-    functions = [f.model_copy(update={"function": _absolute(f.function)}) for f in config.rewards.functions]
+    functions = [
+        f.model_copy(update={"function": _absolute(f.function), "arguments": _absolute_within(f.arguments)})
+        for f in config.rewards.functions
+    ]
     own = {key: _absolute(getattr(config.algorithm, key)) for key in ("advantage", "loss")}
     return config.model_copy(
         update={
@@ -294,6 +297,15 @@ def _with_absolute_paths(config: Config) -> Config:
             "algorithm": config.algorithm.model_copy(update=own),
         }
     )
+
+
+def _absolute_within(value: Any) -> Any:
+    """Arguments with every `file.py:name` in them from the root on."""
+    if isinstance(value, dict):
+        return {key: _absolute_within(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_absolute_within(held) for held in value]
+    return _absolute(value) if isinstance(value, str) and value.rpartition(":")[0].endswith(".py") else value
 
 
 def _absolute(place: str) -> str:

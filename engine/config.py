@@ -141,11 +141,18 @@ class DataConfig(Section):
     """Longest prompt for generation, in tokens; None is `rollout.max_model_len - rollout.max_new_tokens`."""
 
 
+Normalization = Literal["none", "running", "group"]
+
+
 class RewardConfig(Section):
     """One reward function. A bare string in the YAML is the `function`; None defers to its `@reward`."""
 
     function: Location
-    """`pkg.mod:fn` or `file.py:fn`."""
+    """`pkg.mod:fn` or `file.py:fn`, or a built-in: exact, numeric, math, regex, choice, json_schema, xml_format,
+    length, repetition, language, instructions, reasoning_gym."""
+    arguments: dict[str, Any] = {}
+    """What a built-in is told; where it is given for a function of your own, that is called with it and returns the
+    reward function."""
     name: str | None = None
     """Name in the metrics; default: the function's own."""
     weight: float | None = Field(default=None, allow_inf_nan=False)
@@ -154,6 +161,12 @@ class RewardConfig(Section):
     """Seconds one call may take; default: that of `@reward`, else `rewards.timeout`."""
     on_error: Literal["skip", "fail"] | None = None
     """After the retries: drop the sample with a reason, or stop the run; default: that of `@reward`, else skip."""
+    gate: bool | None = None
+    """Where this component is 0 or less, all others of the sample count 0; default: that of `@reward`, else false."""
+    clip: tuple[float, float] | None = None
+    """Bounds of the values, `[low, high]`."""
+    normalize: Normalization | None = None
+    """As `rewards.normalize`, for this component."""
 
 
 def _from_function(value: Any) -> Any:
@@ -171,8 +184,10 @@ class ModelRewardConfig(Section):
     """Factor in the summed reward; 0 measures only."""
     normalize: bool = True
     """Subtract the mean and divide by the standard deviation that its folder records."""
-    steps: Literal["min", "mean", "last", "product"] = "min"
-    """How a process reward model's chances of the steps become one number."""
+    clip: tuple[float, float] | None = None
+    """Bounds of the values, `[low, high]`."""
+    steps: Literal["min", "mean", "last", "product", "each"] = "min"
+    """How a process reward model's chances of the steps become one number; each rewards every step where it ends."""
     ranks: Count = 1
     """Data-parallel processes."""
     threads: Count = 1
@@ -187,6 +202,12 @@ class RewardsConfig(Section):
     for `rl`; elsewhere they score held-out answers."""
     models: list[Annotated[ModelRewardConfig, BeforeValidator(_from_path)]] = []
     """Frozen reward models."""
+    normalize: Normalization = "none"
+    """Before the weights: each component by its running mean and deviation, or by those of its group (GDPO,
+    arXiv:2601.05242), or not at all."""
+    steps: str | None = None
+    """What ends a step of a response, for functions that return one value per step: a text, or `file.py:fn`, which cuts
+    a response into a list of texts."""
     workers: Count = 1
     """Processes that run user functions."""
     timeout: Positive = 30.0
@@ -210,7 +231,7 @@ class CorrectionConfig(Section):
     """Lower bound."""
 
 
-Advantage = Literal["gae", "returns", "group_relative", "leave_one_out", "best_of_n", "best_vs_worst"]
+Advantage = Literal["gae", "returns", "group_relative", "step_relative", "leave_one_out", "best_of_n", "best_vs_worst"]
 PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "reinforce", "preference"]
 
 
@@ -221,7 +242,8 @@ class AlgorithmConfig(Section):
     """Preset that says what the keys below are where they are not given: ppo, grpo, dr_grpo, rloo, reinforce_pp,
     reinforce_pp_baseline, dapo, gspo, cispo, online_dpo, iterative_dpo, rejection_sampling."""
     advantage: str = "group_relative"
-    """gae (with a critic), returns (reward-to-go), group_relative, leave_one_out, best_of_n (1 for a group's best; the
+    """gae (with a critic), returns (reward-to-go), group_relative, step_relative (each step's reward among those of the
+    group's steps, arXiv:2402.03300), leave_one_out, best_of_n (1 for a group's best; the
     others are not trained), best_vs_worst (pairs for a preference loss), or your own: `pkg.mod:fn`, `file.py:fn`."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """group_relative: divide by the group's standard deviation, by nothing, or by the batch's."""
@@ -286,7 +308,7 @@ class AlgorithmConfig(Section):
     @property
     def compares_samples(self) -> bool:
         """Whether one sample of a prompt alone teaches nothing."""
-        return self.advantage in ("group_relative", "leave_one_out", "best_of_n", "best_vs_worst")
+        return self.advantage in ("group_relative", "step_relative", "leave_one_out", "best_of_n", "best_vs_worst")
 
 
 def _from_preset(value: Any) -> Any:
@@ -546,22 +568,16 @@ class PlacementConfig(Section):
 class TimeoutsConfig(Section):
     """Deadlines in seconds. No wait is without one; the error names who is late and what it was doing."""
 
-    place: Positive = 60.0
-    """Until the cluster has reserved the actors' resources."""
     start: Positive = 600.0
-    """Until every actor has loaded its model."""
+    """Until the cluster has reserved the actors' resources, and until every actor has loaded its model."""
     generate: Positive = 1800.0
     """Until all samples of a step are generated."""
     reward: Positive = 1800.0
     """Until all samples of a step are scored."""
-    forward: Positive = 1800.0
-    """Until log-probabilities of a step are computed."""
     update: Positive = 3600.0
-    """Until a step's optimizer updates are done."""
-    publish: Positive = 300.0
-    """Until new weights are acknowledged by every engine."""
-    save: Positive = 600.0
-    """Until the final model is written."""
+    """Until a step's log-probabilities are computed, and until its optimizer updates are done."""
+    publish: Positive = 600.0
+    """Until new weights are acknowledged by every engine, and until a model or a checkpoint is written."""
 
 
 Stage = Literal["pretrain", "sft", "reward_model", "preference", "distill", "rl"]
@@ -770,7 +786,17 @@ class Config(Section):
 
     def _rl_checks(self) -> list[tuple[bool, str]]:
         rl = self.rl
+        own = [component.normalize for component in self.rewards.functions if component.normalize is not None]
         return [
+            (
+                "group" in [self.rewards.normalize, *own] and rl.samples_per_prompt < 2,
+                "rewards.normalize: group compares the samples of one prompt; set rl.samples_per_prompt to 2 or more",
+            ),
+            (
+                any(m.steps == "each" for m in self.rewards.models) and not self.rewards.steps,
+                "rewards.models: steps: each needs rewards.steps, the text that ends a step (the step_separator that "
+                "the model was trained with)",
+            ),
             (
                 not self.rewards.functions and not self.rewards.models,
                 "rewards.functions: is required: the reward functions, at least one; or rewards.models",

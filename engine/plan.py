@@ -19,9 +19,9 @@ from engine.data.preferences import build_pairs, build_unpaired
 from engine.data.prompts import Prompt, build_prompts
 from engine.data.rankings import build_rankings
 from engine.data.sources import Rows, load_rows
-from engine.data.steps import build_steps
+from engine.data.steps import StepCutter, build_steps
 from engine.model_folder import check_model, load_tokenizer, make_start
-from engine.rewards.contract import resolve_all
+from engine.rewards.composition import Component, components_of
 from engine.user_code import load_object
 
 
@@ -47,6 +47,10 @@ class Plan:
     """Optimizer updates of the whole stage."""
     annotators: tuple[str, ...] = ()
     """Values of the column `annotator`, one reward head each."""
+    cutter: StepCutter | None = None
+    """Says where the steps of a response end, where `rewards.steps` is set."""
+    components: Sequence[Component] = ()
+    """Of the reward."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Perplexity of n-gram models of the training text on the held-out text."""
 
@@ -60,7 +64,7 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     Raises:
         UserError: with what is wrong, where, and how to mend it.
     """
-    resolve_all(config.rewards)
+    components = components_of(config)
     if config.stage == "rl":
         for key, place in (("advantage", config.algorithm.advantage), ("loss", config.algorithm.loss)):
             if ":" in place:
@@ -75,11 +79,9 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     for key, path in config.model_paths.items():
         if key == "critic.path" or key.startswith("rewards.models"):
             _check_reward_model(config, key, path, tokenizer, made=key not in unmade)
-    if config.stage == "rl":
-        return _prompts_plan(config, tokenizer)
-    if config.stage == "pretrain":
-        return _text_plan(config, tokenizer)
-    return _examples_plan(config, tokenizer)
+    plan = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)(config, tokenizer)
+    cutter = StepCutter(tokenizer, config.rewards.steps) if config.rewards.steps else None
+    return replace(plan, cutter=cutter, components=components)
 
 
 def _prompts_plan(config: Config, tokenizer: Any) -> Plan:
@@ -233,10 +235,29 @@ def _check_reward_model(config: Config, key: str, path: str, tokenizer: Any, *, 
         raise UserError(f"{key}: {path} is no reward model of Gnomon's: it has no {record.name}; train one first")
     if made and key == "critic.path" and json.loads(record.read_text())["kind"] == "process":
         raise UserError(f"{key}: {path} scores steps, not responses; use a pairwise or ranking reward model, or none")
+    _check_steps(config, key, record, made=made)
     if load_tokenizer(config, path=path, key=key).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{key}: {path} has another vocabulary than {config.model.path}, so it cannot read the policy's tokens; "
             "use a reward model made from the same family"
+        )
+
+
+def _check_steps(config: Config, key: str, record: Path, *, made: bool) -> None:
+    """A model that rewards each step sees the same steps as everybody else.
+
+    Raises:
+        UserError: it does not, or it knows no steps.
+    """
+    each = {f"rewards.models.{i}.path" for i, source in enumerate(config.rewards.models) if source.steps == "each"}
+    if not made or key not in each:
+        return
+    known = json.loads(record.read_text())
+    if known["kind"] != "process" or known["step_separator"] != config.rewards.steps:
+        said = repr(known["step_separator"]) if known["kind"] == "process" else "none: it is no process reward model"
+        raise UserError(
+            f"{key}: rewards each step, and its steps end with {said}, but rewards.steps is {config.rewards.steps!r}; "
+            "make them the same, or leave steps: each out"
         )
 
 

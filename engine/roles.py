@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -37,7 +37,19 @@ class Generation:
     text: str
     """Decoded, without special tokens."""
     finish_reason: Literal["stop", "length"]
-    """`length`: cut at max_new_tokens."""
+    """`length`: cut at max_new_tokens, or at a budget of the episode."""
+    observed: tuple[bool, ...] = ()
+    """In an episode: True on tokens that the environment brought; empty where the policy made them all."""
+    turn_ends: tuple[int, ...] = ()
+    """In an episode: position of the last token of each of the policy's turns."""
+    turn_rewards: tuple[float, ...] = ()
+    """In an episode: the environment's reward for each turn; empty where it has no opinion."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """In an episode: everything after the prompt. `text` is the policy's last message."""
+    prompt_ids: tuple[int, ...] = ()
+    """In an episode: what it began with, the environment's opening included."""
+    failure: tuple[str, str] | None = None
+    """In an episode that the environment broke off: kind and message."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class GenerationRequest:
     key: int
     prompt: tuple[int, ...]
     seeds: tuple[int, ...]
+    row: dict[str, Any] = field(default_factory=dict)
+    """The data row, for an environment."""
 
 
 class Rollouts(Protocol):

@@ -102,10 +102,11 @@ from engine.data.prompts import Prompt, build_prompts
 from engine.data.sampler import RowSampler
 from engine.data.sources import Rows
 from engine.plan import Plan, prepare
+from engine.rewards.composition import Component, Composition
 from engine.rewards.contract import Row, Sample, Scores
 from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings, Workers
 from engine.schedule.balancing import plan_microbatches
-from engine.stages.experience import Group, collect_groups, to_batch
+from engine.stages.experience import Group, RewardScheme, collect_groups, to_batch
 from engine.stages.loop import Loop
 from engine.stages.rl import RLStage
 from engine.stages.sft import SFTStage
@@ -180,7 +181,7 @@ class Engines:
             if self.broken is not None:
                 values_B[1::2] = self.broken
             ids = [sample.id for sample in samples]
-            yield key, Scores.without_opinion(len(samples)).plus("rm", values_B, 1.0, ids)
+            yield key, Scores.without_opinion(len(samples)).plus("rm", values_B, [None] * len(ids), ids)
 
 
 @contextmanager
@@ -192,7 +193,7 @@ def online(folder: Path, engines: Engines, policy: Model, value_model: Model | N
     doubles: dict[str, Any] = {"policy": policy, "critic": value_model, "sampling": Sampling(engines, engines)}
     workers = Workers(**doubles)
     prompts = [Prompt((5, 6, i), f"prompt {i}", {}) for i in range(7)]
-    yield RLStage(config, workers, tracker, Plan(train_prompts=prompts))
+    yield RLStage(config, workers, tracker, Plan(train_prompts=prompts, components=[Component("rm")]))
     tracker.close("succeeded")
 
 
@@ -206,13 +207,18 @@ def test_the_tests_named_above_exist():
 
 
 def test_one_reward_that_is_not_finite_does_not_reach_the_whitening():
-    scores = Scores.without_opinion(4).plus("rm", np.array([1, np.nan, 3, np.inf], np.float32), 2.0, [10, 11, 12, 13])
+    values = np.array([1, np.nan, 3, np.inf], np.float32)
+    scores = Scores.without_opinion(4).plus("rm", values, [None] * 4, [10, 11, 12, 13])
     assert scores.dropped == {1: "reward_not_finite", 3: "reward_not_finite"}
     assert [incident["sample_id"] for incident in scores.incidents] == [11, 13]
     kept = [i for i in range(4) if i not in scores.dropped]
-    assert whiten(torch.from_numpy(scores.totals[kept])).isfinite().all()
-    again = scores.plus("other", np.ones(4, np.float32), 1.0, [10, 11, 12, 13])
-    assert (again.totals[kept].tolist(), set(again.dropped)) == ([3.0, 7.0], {1, 3})
+    both = scores.plus("other", np.ones(4, np.float32), [None] * 4, [10, 11, 12, 13])
+    composition = Composition([Component("rm", 2.0, normalize="running"), Component("other")])
+    [composed] = composition.compose([both], learn=True)
+    assert np.isnan(composed.totals[[1, 3]]).all()
+    assert set(composed.dropped) == {1, 3}
+    assert whiten(torch.from_numpy(composed.totals[kept])).isfinite().all()
+    assert composition.state_dict() == {"rm": [2.0, 2.0, 2.0]}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -231,7 +237,8 @@ def test_a_step_with_rewards_that_are_not_finite_trains_the_others_on_finite_adv
 
 def test_a_reward_model_does_not_bring_back_what_a_function_failed_on():
     failed = Scores({"f": np.array([np.nan, 1], np.float32)}, np.array([np.nan, 1], np.float32), {0: "reward_timeout"})
-    scores = failed.plus("rm", np.ones(2, np.float32), 1.0, [0, 1])
+    both = failed.plus("rm", np.ones(2, np.float32), [None, None], [0, 1])
+    [scores] = Composition([Component("f"), Component("rm")]).compose([both], learn=True)
     assert scores.dropped == {0: "reward_timeout"}
     assert math.isnan(scores.totals[0])
     assert scores.totals[1] == 2
@@ -288,7 +295,7 @@ def test_the_end_is_trained_where_it_was_sampled_and_not_forced_onto_truncated_r
     whole = Generation((9, 8, END), (-1.0, -2.0, -3.0), (4, 4, 4), "a b", "stop")
     cut = Generation((9, 8, 7), (-1.0, -2.0, -3.0), (4, 4, 4), "a b c", "length")
     scores = Scores({}, np.array([1, 0], np.float32))
-    batch = to_batch([Group(Prompt((5, 6), "p", {}), [0, 1], [whole, cut], scores)])
+    batch = to_batch([Group(Prompt((5, 6), "p", {}), [0, 1], [whole, cut], scores, [[], []])])
     assert batch.tokens.tolist() == [5, 6, 9, 8, END, 5, 6, 9, 8, 7]
     assert batch.loss_mask.tolist() == [False, False, True, True, True] * 2
     assert batch.rollout_logp.tolist() == [0, 0, -1, -2, -3] * 2
@@ -303,7 +310,9 @@ def test_the_reward_sees_the_prompt_and_the_tokens_that_the_model_saw(tiny_model
     engines: Any = Engines()
     tracker = Tracker(configure(name="run", output_dir=str(tmp_path)))
     sampling = Sampling(engines, engines)
-    collect_groups(sampling, tracker, [prompt], [[0]], [(1,)], SamplingSettings(1.0, 8))
+    collect_groups(
+        sampling, tracker, RewardScheme(Composition([]), None), [prompt], [[0]], [(1,)], SamplingSettings(1.0, 8)
+    )
     tracker.close("succeeded")
     [request], [sample] = engines.requests, engines.samples
     assert request.prompt == sample.prompt_ids == tuple(tokenizer(text)["input_ids"][-4:])

@@ -110,6 +110,37 @@ def group_relative(
 
 
 @torch.no_grad()
+def step_relative(
+    rewards_T: torch.Tensor, step_ends_T: torch.Tensor, seq_lens: Lengths, group_ids: GroupIds, *, eps: float = 1e-6
+) -> torch.Tensor:
+    """[T] GRPO with process supervision (Shao et al. 2024, arXiv:2402.03300, section 4.1.3).
+
+    Every step's reward is normalised among all steps of its group; a token's advantage is the sum of those of its own
+    and the later steps. A sample's last token ends a step, whether it is marked or not.
+
+    Args:
+        rewards_T: [T] reward received after each token; what lies within a step counts at its end.
+        step_ends_T: [T] bool, True at the last token of each step.
+        seq_lens: [B] tokens of each sample.
+        group_ids: [B] any integers in any order; equal ids are one group.
+        eps: keeps the divisor away from 0.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
+    lens_B = checked_lens(seq_lens, rewards_T)
+    checked_lens(seq_lens, step_ends_T)
+    last_T = step_ends_T.bool().clone()
+    last_T[lens_B.cumsum(0)[lens_B > 0] - 1] = True
+    ends = last_T.nonzero()[:, 0]
+    sums = rewards_T.cumsum(0)[ends].diff(prepend=rewards_T.new_zeros(1))
+    groups_T = torch.repeat_interleave(torch.as_tensor(group_ids), lens_B)
+    normalized_T = torch.zeros_like(rewards_T)
+    normalized_T[ends] = group_relative(sums, groups_T[ends], eps=eps)
+    return _decayed_sums(normalized_T, lens_B, 1.0)
+
+
+@torch.no_grad()
 def leave_one_out(scores_B: torch.Tensor, group_ids: GroupIds) -> torch.Tensor:
     """[B] score minus the mean score of the others in the group (RLOO, Ahmadian et al. 2024, arXiv:2402.14740).
 

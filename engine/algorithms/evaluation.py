@@ -94,3 +94,19 @@ def calibration_error(
     bin_N = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], chances_N, side="left")
     # |bin| / N * |mean difference of the bin| = |sum of differences| / N
     return float(np.abs(np.bincount(bin_N, weights=came_true_N - chances_N)).sum() / chances_N.size)
+
+
+def length_correlation(values_B: np.ndarray, lengths_B: np.ndarray) -> float:
+    """Pearson's correlation of a reward with the response's length, over the samples that have the reward.
+
+    0 where either is the same for all, or fewer than two samples have one.
+
+    Args:
+        values_B: [B] rewards; NaN is "no opinion".
+        lengths_B: [B] tokens.
+    """
+    held = ~np.isnan(values_B)
+    values, lengths = values_B[held].astype(np.float64), lengths_B[held].astype(np.float64)
+    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(lengths) == 0:
+        return 0.0
+    return float(np.corrcoef(values, lengths)[0, 1])

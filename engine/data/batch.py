@@ -39,7 +39,7 @@ class Batch:
     """name -> [B] float32: each component, unweighted; NaN is "no opinion"."""
     annotations: dict[str, np.ndarray] = field(default_factory=dict)
     """name -> [T] float32: log-probs under other weights (`old_logp`, `ref_logp`, `start_logp`), `values`, `returns`,
-    `advantages`, `labels`; 0 where loss_mask is False."""
+    `advantages`, `labels`, `step_ends`, `step_rewards`; 0 where loss_mask is False."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     """name -> [B] float32: what is known of a sample, e.g. `rank`, `margin`, `kl_coef`; `ref_logp`, a sum over it."""
 

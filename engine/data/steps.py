@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import DataConfig
+from engine.config import DataConfig, UserError
 from engine.data.conversations import AnswerTokenizer, read_prompt
 from engine.data.examples import (
     Example,
@@ -21,6 +21,7 @@ from engine.data.examples import (
 )
 from engine.data.prompts import Prompt, RowError
 from engine.data.sources import Rows
+from engine.user_code import load_object
 
 
 def build_steps(rows: Rows, tokenizer: Any, *, data: DataConfig, separator: str, max_length: int) -> PreparedExamples:
@@ -72,14 +73,60 @@ def _read_steps(row: dict[str, Any]) -> tuple[list[str], list[float]]:
     return steps, labels
 
 
+class StepCutter:
+    """Cuts responses into steps, where a text or the user's own function says."""
+
+    def __init__(self, tokenizer: Any, boundary: str) -> None:
+        """`boundary` is as `rewards.steps`.
+
+        Raises:
+            UserError: the function cannot be loaded.
+        """
+        self.tokenizer = tokenizer
+        self.boundary = boundary
+        function = boundary.rpartition(":")[0].endswith(".py")
+        self._cut = load_object(boundary, what="rewards.steps") if function else None
+
+    def ends(self, token_ids: Sequence[int]) -> list[int]:
+        """Positions of the last token of each step of a response, at least one.
+
+        Raises:
+            UserError: the user's function returned no list of texts that together are the response.
+        """
+        if self._cut is None:
+            return step_ends(token_ids, self.tokenizer, self.boundary)
+        pieces = _pieces(token_ids, self.tokenizer)
+        text = "".join(pieces)
+        texts = self._cut(text)
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts) or "".join(texts) != text:
+            raise UserError(
+                f"rewards.steps: {self.boundary} must cut {text[:60]!r} into a list of texts that together are the "
+                f"response; it returned {str(texts)[:80]}"
+            )
+        after_T = np.cumsum([len(piece) for piece in pieces])
+        ends = [int(np.searchsorted(after_T, end)) for end in np.cumsum([len(t) for t in texts])]
+        return list(dict.fromkeys(ends)) or [len(token_ids) - 1]
+
+    def texts(self, token_ids: Sequence[int], ends: Sequence[int]) -> tuple[str, ...]:
+        """The text of each step."""
+        pieces = _pieces(token_ids, self.tokenizer)
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        return tuple("".join(pieces[start : end + 1]) for start, end in zip(starts, ends, strict=True))
+
+
+def _pieces(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Each token's own text; none of special ones."""
+    special = set(tokenizer.all_special_ids)
+    return ["" if token in special else tokenizer.decode([token]) for token in token_ids]
+
+
 def step_ends(token_ids: Sequence[int], tokenizer: Any, separator: str) -> list[int]:
     """Positions of the last token of each step of a response, at least one.
 
     A step ends with the token that completes a separator; what follows the last one is a step too, unless it is blank
     or special tokens.
     """
-    special = set(tokenizer.all_special_ids)
-    pieces = ["" if token in special else tokenizer.decode([token]) for token in token_ids]
+    pieces = _pieces(token_ids, tokenizer)
     text = "".join(pieces)
     after_T = np.cumsum([len(piece) for piece in pieces])
     ends, start = [], 0

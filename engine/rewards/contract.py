@@ -21,7 +21,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, TypeVar, overload
 
@@ -32,12 +32,27 @@ from engine.user_code import load_object
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Outcome = dict[str, float] | str
-"""Components of one sample (NaN: no opinion), or why what was returned is not a reward."""
+Outcome = dict[str, float | tuple[float, ...]] | str
+"""Components of one sample (NaN: no opinion; a tuple: one value per step), or why what was returned is no reward."""
 
 _SETTINGS = "__gnomon_reward__"
 NO_REWARD = "no_reward"
-_FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_MAX = 3.4028234663852886e38
+BUILT_IN = {
+    "exact": "engine.rewards.verifiers:Exact",
+    "numeric": "engine.rewards.verifiers:Numeric",
+    "math": "engine.rewards.verifiers:Math",
+    "regex": "engine.rewards.verifiers:Regex",
+    "choice": "engine.rewards.verifiers:Choice",
+    "json_schema": "engine.rewards.verifiers:JsonSchema",
+    "xml_format": "engine.rewards.verifiers:XmlFormat",
+    "length": "engine.rewards.verifiers:Length",
+    "repetition": "engine.rewards.verifiers:Repetition",
+    "language": "engine.rewards.verifiers:Language",
+    "reasoning_gym": "engine.rewards.verifiers:ReasoningGym",
+    "instructions": "engine.rewards.instructions:Instructions",
+}
+"""Rewards that are named without a module -> the class that is made with the entry's `arguments`."""
 _BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
 _NOT_PASSED = {"prompt", "completion", "completion_ids"}
 
@@ -117,6 +132,10 @@ class Sample:
     """Token ids of the response."""
     prompt_ids: tuple[int, ...] = ()
     """Token ids of the prompt."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """Everything after the prompt in an episode of several turns; `completion` is the policy's last message."""
+    step_texts: tuple[str, ...] = ()
+    """The steps of the response (see `rewards.steps`), or its turns."""
 
 
 @dataclass(frozen=True)
@@ -126,38 +145,55 @@ class Scores:
     components: dict[str, np.ndarray]
     """name or name/part -> [B] float32, unweighted; NaN is "no opinion" or failed."""
     totals: np.ndarray
-    """[B] float32: weighted sum over the functions that have an opinion; NaN where dropped."""
+    """[B] float32: the reward, once it is composed (`Composition`); NaN before, and where dropped."""
     dropped: dict[int, str] = field(default_factory=dict)
     """Position in the batch -> "reward_error", "reward_timeout", "reward_overflow" (the weighted sum is too large for a
     32-bit float), "reward_not_finite" (a reward model gave NaN), or "no_reward" (nobody had an opinion)."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """Failed attempts: kind, function, sample_id (None for a call over several samples), attempt (from 1), message."""
+    steps: dict[str, list[np.ndarray | None]] = field(default_factory=dict)
+    """name -> for each sample [steps] float64, where a component gave one value per step; else None."""
+    step_rewards: list[np.ndarray | None] = field(default_factory=list)
+    """For each sample [steps] float64: the part of its total that belongs to its steps; None where there is none."""
 
     @staticmethod
     def without_opinion(count: int) -> Scores:
         """Of samples that nobody has scored yet."""
-        return Scores({}, np.full(count, np.nan, np.float32), dict.fromkeys(range(count), NO_REWARD))
+        return Scores({}, np.full(count, np.nan, np.float32))
 
-    def plus(self, name: str, values_B: np.ndarray, weight: float, sample_ids: Sequence[int]) -> Scores:
-        """With another component, [B]; what makes a sample's total not finite, or too large, drops it by name."""
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.totals)
+
+    def drop(self, reasons: Mapping[int, str], incidents: Sequence[dict[str, Any]] = ()) -> Scores:
+        """Without the samples at these positions, each for its reason; earlier reasons stay."""
+        return replace(self, dropped=dict(reasons) | self.dropped, incidents=[*self.incidents, *incidents])
+
+    def plus(
+        self,
+        name: str,
+        values_B: np.ndarray,
+        steps: Sequence[np.ndarray | None],
+        sample_ids: Sequence[int],
+    ) -> Scores:
+        """With another component, [B], and its steps (None where it has none).
+
+        A value that is not finite drops its sample by name.
+        """
         broken = [int(position) for position in np.flatnonzero(~np.isfinite(values_B))]
-        dropped = {position: reason for position, reason in self.dropped.items() if reason != NO_REWARD}
-        totals_B = np.where(np.isnan(self.totals), 0, self.totals) + weight * values_B.astype(np.float64)
-        too_large = [int(position) for position in np.flatnonzero(np.abs(totals_B) > _FLOAT32_MAX)]
-        for position in [*broken, *too_large]:
-            dropped.setdefault(position, "reward_not_finite" if position in broken else "reward_overflow")
-        totals_B[list(dropped)] = np.nan
         incidents = [
             {"kind": "reward_not_finite", "function": name, "sample_id": sample_ids[position], "attempt": 1}
             | {"message": f"the reward model gave {values_B[position]}"}
             for position in broken
         ]
-        return Scores(
-            components=self.components | {name: np.where(np.isfinite(values_B), values_B, np.nan)},
-            totals=totals_B.astype(np.float32),
-            dropped=dict(sorted(dropped.items())),
-            incidents=self.incidents + incidents,
+        held = np.where(np.isfinite(values_B), values_B, np.nan).astype(np.float32)
+        more = replace(
+            self,
+            components=self.components | {name: held},
+            steps=self.steps | {name: list(steps)},
         )
+        return more.drop(dict.fromkeys(broken, "reward_not_finite"), incidents)
 
 
 @dataclass(frozen=True)
@@ -190,7 +226,7 @@ def reward(function: Any = None, /, **settings: Any) -> Any:
         weight: factor in the summed reward; default 1.
         timeout: seconds one call may take; default `rewards.timeout`.
         on_error: after the retries, "skip" drops the sample with a reason (default), "fail" stops the run.
-        gate: reserved for composition; resolving a gate is an error for now.
+        gate: where this reward is 0 or less, the sample's other components count 0.
 
     Raises:
         UserError: a setting has no sensible value.
@@ -224,6 +260,8 @@ class RewardFunction:
     """"skip" or "fail"."""
     batch: bool
     """It takes lists (the batch contract), not one sample."""
+    gate: bool
+    """Where it is 0 or less, the sample's other components count 0."""
     function: Callable[..., Any]
     """The user's."""
 
@@ -270,7 +308,7 @@ class RewardFunction:
     def _components(self, value: Any) -> Outcome:
         try:
             if not isinstance(value, Mapping):
-                return {self.name: _number(value)}
+                return {self.name: _steps(value) or _number(value)}
             if not all(isinstance(key, str) for key in value):
                 return f"returned a dict whose keys are not all names: {_shown(value)}"
             parts = {key: _number(part, f"[{key!r}]") for key, part in value.items()}
@@ -278,13 +316,24 @@ class RewardFunction:
             return str(error)
         held = [part for part in parts.values() if not math.isnan(part)]
         total = math.fsum(held) if held else math.nan
-        if abs(total) > _FLOAT32_MAX:
+        if abs(total) > FLOAT32_MAX:
             return f"returned parts that add up to {total}, too large for a 32-bit float"
-        return {self.name: total} | {f"{self.name}/{key}": part for key, part in parts.items()}
+        return {self.name: total, **{f"{self.name}/{key}": part for key, part in parts.items()}}
 
 
 class _RewardValueError(Exception):
     """The message says what was returned instead of a reward."""
+
+
+def _steps(value: Any) -> tuple[float, ...]:
+    """The values of a process reward; none of any other.
+
+    Raises:
+        _RewardValueError: one is NaN, infinite, or no number at all, or their sum is too large.
+    """
+    _number(value)
+    listed = value.tolist() if getattr(value, "ndim", 0) == 1 else value
+    return tuple(_finite(step, f"[{i}]") for i, step in enumerate(listed)) if isinstance(listed, list | tuple) else ()
 
 
 def _number(value: Any, where: str = "") -> float:
@@ -317,7 +366,7 @@ def _finite(value: Any, where: str) -> float:
         number = math.inf
     if math.isnan(number) or math.isinf(number):
         raise _RewardValueError(f"returned {number}{inner}; a reward must be finite (None means no opinion)")
-    if abs(number) > _FLOAT32_MAX:
+    if abs(number) > FLOAT32_MAX:
         raise _RewardValueError(f"returned {number}{inner}, too large for a 32-bit float")
     return number
 
@@ -338,18 +387,44 @@ def _finished(value: Any) -> Any:
     return asyncio.run(wait())
 
 
+def _load(config: RewardConfig) -> Callable[..., Any]:
+    """The function of an entry; a built-in, or what takes `arguments`, is made with them.
+
+    Raises:
+        UserError: it cannot be imported, or does not take these arguments.
+    """
+    spec = BUILT_IN.get(config.function, config.function)
+    if ":" not in spec:
+        close = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"reward function {spec!r}: {hint}it must be pkg.mod:function, path/file.py:function or a built-in: "
+            f"{', '.join(BUILT_IN)}"
+        )
+    loaded = load_object(spec, what="reward function")
+    if spec == config.function and not config.arguments and not inspect.isclass(loaded):
+        return loaded
+    try:
+        inspect.signature(loaded).bind(**config.arguments)
+    except TypeError as error:
+        raise UserError(f"reward function {config.function!r}: arguments: {error}") from None
+    made = loaded(**config.arguments)
+    if not callable(made):
+        raise UserError(f"reward function {config.function!r}: with its arguments it gives no function, but {made!r}")
+    return made
+
+
 def resolve(config: RewardConfig, defaults: RewardsConfig) -> RewardFunction:
     """Import the function of one entry and decide its settings: the entry, else `@reward`, else the defaults.
 
     Raises:
-        UserError: it cannot be imported, takes neither a sample nor the batch arguments, is a gate, or has an
-            unusable name.
+        UserError: it cannot be imported, takes neither a sample nor the batch arguments, or has an unusable
+            name.
     """
-    function = load_object(config.function, what="reward function")
+    function = _load(config)
     marked: RewardSettings = getattr(function, _SETTINGS, RewardSettings())
-    if marked.gate:
-        raise UserError(f"reward function {config.function!r}: gates are not supported yet; remove gate=")
-    name = config.name or marked.name or str(getattr(function, "__name__", config.function.rpartition(":")[2]))
+    own = None if config.function in BUILT_IN else getattr(function, "__name__", None)
+    name = config.name or marked.name or str(own or config.function.rpartition(":")[2])
     if "/" in name:
         raise UserError(f"reward function {config.function!r}: name {name!r} must not contain '/', which marks parts")
     weights = (config.weight, marked.weight, 1.0)
@@ -360,6 +435,7 @@ def resolve(config: RewardConfig, defaults: RewardsConfig) -> RewardFunction:
         timeout=next(t for t in timeouts if t is not None),
         on_error=config.on_error or marked.on_error or "skip",
         batch=_is_batch(function, config.function),
+        gate=marked.gate if config.gate is None else config.gate,
         function=function,
     )
 

@@ -1,6 +1,7 @@
 """From a step's rewards to what its samples are trained on: advantages, or the samples chosen by comparison.
 
-    totals --clip, overlong penalty, whiten--> scores --KL in the reward--> token rewards --estimator--> advantages
+    totals --clip, overlong penalty, whiten--> scores --steps, KL in the reward--> token rewards --estimator-->
+    advantages
 
 Everything is computed once, on the whole batch, in float64: never per micro-batch or rank.
 Legend: B samples; T their trained tokens, one sample after the other.
@@ -9,6 +10,7 @@ Legend: B samples; T their trained tokens, one sample after the other.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from engine.algorithms.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    step_relative,
     whiten,
 )
 from engine.algorithms.aggregate import sum_per_sample
@@ -53,6 +56,9 @@ def with_advantages(batch: Batch, algorithm: AlgorithmConfig, *, kl_coef: float,
             advantages_T = discounted_returns(rewards_T, lens_B, gamma=algorithm.gamma)
         case "group_relative":
             advantages_T = _per_token(group_relative(returns_B, group_ids, scale=algorithm.advantage_scale), lens_B)
+        case "step_relative":
+            ends_T = _trained(batch, "step_ends") if "step_ends" in batch.annotations else torch.zeros_like(rewards_T)
+            advantages_T = step_relative(rewards_T, ends_T > 0, lens_B, group_ids)
         case "leave_one_out":
             advantages_T = _per_token(leave_one_out(returns_B, group_ids), lens_B)
         case "best_of_n":
@@ -87,7 +93,12 @@ def shaped_scores(batch: Batch, algorithm: AlgorithmConfig, *, max_new_tokens: i
 
 
 def _token_rewards(batch: Batch, algorithm: AlgorithmConfig, scores_B: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """[T] float64: the score at a sample's last token, the KL term at each."""
+    """[T] float64: each step's reward where it ends, the rest of the score at the last token, the KL term at each."""
+    if "step_rewards" in batch.annotations:
+        steps_T = _trained(batch, "step_rewards")
+        rest_B = scores_B - sum_per_sample(steps_T, torch.from_numpy(batch.response_lens))
+        whole = replace(batch, annotations={n: v for n, v in batch.annotations.items() if n != "step_rewards"})
+        return steps_T + _token_rewards(whole, algorithm, rest_B, kl_coef)
     if kl_coef == 0 or algorithm.kl_in == "loss":
         return token_rewards(scores_B, batch.response_lens)
     kl_T = kl_estimate(_trained(batch, "old_logp"), _trained(batch, "ref_logp"), algorithm.kl_estimator)

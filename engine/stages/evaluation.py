@@ -12,7 +12,7 @@ from engine.data.batch import Batch
 from engine.data.examples import Example, to_batch
 from engine.data.prompts import Prompt
 from engine.roles import Policy, Sampling, SamplingSettings
-from engine.stages.experience import collect_groups, no_reward_error, sample_seeds
+from engine.stages.experience import RewardScheme, collect_groups, no_reward_error, sample_seeds
 from engine.tracking.tracker import Tracker
 
 EXAMPLES_PER_PASS = 256
@@ -22,7 +22,7 @@ SEED_STREAM = 2**31
 
 
 def evaluate_answers(
-    config: Config, sampling: Sampling, tracker: Tracker, prompts: Sequence[Prompt]
+    config: Config, sampling: Sampling, tracker: Tracker, scheme: RewardScheme, prompts: Sequence[Prompt]
 ) -> dict[str, float]:
     """Answer held-out prompts with the current weights and score the answers.
 
@@ -39,10 +39,12 @@ def evaluate_answers(
     groups = collect_groups(
         sampling,
         tracker,
+        scheme,
         prompts,
         [range(i * k, (i + 1) * k) for i in range(len(prompts))],
         [sample_seeds(config.seed, SEED_STREAM, i, count=k) for i in range(len(prompts))],
         settings,
+        learn=False,
     )
     scored = [group.scores.totals[group.kept()] for group in groups]
     counts = np.array([len(totals) for totals in scored])

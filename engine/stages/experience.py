@@ -1,13 +1,13 @@
 """Experience: prompts go to the engines, finished groups go to the reward functions while others are still generated.
 
-Used by training and by evaluation alike.
+Used by training and by evaluation alike. What the components come to is decided once all groups are scored.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,15 @@ import numpy as np
 from engine.config import UserError
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
+from engine.data.steps import StepCutter
+from engine.plan import Plan
+from engine.rewards.composition import ENVIRONMENT, Composition
 from engine.rewards.contract import RewardError, Row, Sample, Scores
 from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings
 from engine.tracking.tracker import Tracker
+
+STEP_FIELDS = ("step_ends", "step_rewards")
+"""Annotations of a batch: 1 at the last token of each step, and what was earned there."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Group:
     sample_ids: list[int]
     generations: list[Generation]
     scores: Scores
+    step_ends: list[list[int]]
+    """For each sample, position of the last token of each step of its response; empty where nothing asks for them."""
 
     def dropped(self) -> dict[int, str]:
         """Position of each sample that cannot be trained on, and why."""
@@ -50,38 +58,106 @@ def sample_seeds(*key: int, count: int) -> tuple[int, ...]:
     return tuple(int(s) for s in np.random.SeedSequence(key).generate_state(count))
 
 
+@dataclass(frozen=True)
+class RewardScheme:
+    """What is made of the components: where steps end, and how the sum is composed."""
+
+    composition: Composition
+    cutter: StepCutter | None
+    """None where nothing asks for steps but an environment, whose turns they are."""
+
+    @staticmethod
+    def of(plan: Plan) -> RewardScheme:
+        """As the preflight found it."""
+        return RewardScheme(Composition(plan.components), plan.cutter)
+
+    def step_ends(self, generation: Generation) -> list[int]:
+        """Positions of the last token of each step."""
+        if generation.messages or self.cutter is None:
+            return list(generation.turn_ends)
+        return self.cutter.ends(generation.token_ids)
+
+    def step_texts(self, generation: Generation, ends: Sequence[int]) -> tuple[str, ...]:
+        """The text of each step."""
+        if generation.messages or self.cutter is None:
+            return tuple(m["content"] for m in generation.messages if m["role"] == "assistant")
+        return self.cutter.texts(generation.token_ids, ends)
+
+
 def collect_groups(
     sampling: Sampling,
     tracker: Tracker,
+    scheme: RewardScheme,
     prompts: Sequence[Prompt],
     sample_ids: Sequence[Sequence[int]],
     seeds: Sequence[tuple[int, ...]],
     settings: SamplingSettings,
+    *,
+    learn: bool = True,
 ) -> list[Group]:
     """Generate and score one response per sample id; groups come back in the order of the prompts.
 
-    Failed reward calls are recorded as events.
+    Failed reward calls and failed episodes are recorded as events. Without `learn` the rewards are composed as they are
+    compared over time (see `Composition`).
     """
     requests = [
-        GenerationRequest(key, prompt.token_ids, group_seeds)
+        GenerationRequest(key, prompt.token_ids, group_seeds, prompt.row)
         for key, (prompt, group_seeds) in enumerate(zip(prompts, seeds, strict=True))
     ]
     generations: dict[int, list[Generation]] = {}
+    ends: dict[int, list[list[int]]] = {}
     scores: dict[int, Scores] = {}
     try:
         for key, generated in sampling.rollouts.generate(requests, settings):
             generations[key] = generated
-            sampling.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated))
+            ends[key] = [scheme.step_ends(generation) for generation in generated]
+            texts = [scheme.step_texts(g, e) for g, e in zip(generated, ends[key], strict=True)]
+            sampling.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated, texts))
         for key, scored in sampling.rewards.collect():
-            scores[key] = scored
-            _record(tracker, scored.incidents)
+            scores[key] = _checked(scored, generations[key], ends[key], sample_ids[key])
+            _record(tracker, scores[key].incidents)
     except RewardError as error:
         _record(tracker, error.incidents)
         raise
+    composed = scheme.composition.compose([scores[key] for key in range(len(prompts))], learn=learn)
     return [
-        Group(prompt, list(ids), generations[key], scores[key])
+        Group(prompt, list(ids), generations[key], composed[key], ends[key])
         for key, (prompt, ids) in enumerate(zip(prompts, sample_ids, strict=True))
     ]
+
+
+def _checked(
+    scores: Scores, generations: Sequence[Generation], ends: Sequence[Sequence[int]], sample_ids: Sequence[int]
+) -> Scores:
+    """With what episodes brought, without those that were broken off, and steps only where there is one value each."""
+    if any(g.turn_rewards for g in generations):
+        sums = np.array([sum(g.turn_rewards) if g.turn_rewards else np.nan for g in generations])
+        steps = [np.array(g.turn_rewards) if g.turn_rewards else None for g in generations]
+        kept = replace(scores, components=scores.components | {ENVIRONMENT: sums.astype(np.float32)})
+        scores = replace(kept, steps=scores.steps | {ENVIRONMENT: steps})
+    failures = {i: g.failure for i, g in enumerate(generations) if g.failure is not None}
+    incidents = [
+        {"kind": kind, "function": ENVIRONMENT, "sample_id": sample_ids[i], "attempt": 1, "message": message}
+        for i, (kind, message) in failures.items()
+    ]
+    scores = scores.drop({i: kind for i, (kind, _) in failures.items()}, incidents)
+    if not any(ends):  # nothing says where steps end, so that per-step values are no more than their sum
+        return replace(scores, steps={})
+    wrong = {
+        i: f"returned {len(held)} values for {len(ends[i])} steps (rewards.steps says where steps end)"
+        for per_sample in scores.steps.values()
+        for i, held in enumerate(per_sample)
+        if held is not None and len(held) != len(ends[i])
+    }
+    incidents = [
+        {"kind": "reward_error", "function": "steps", "sample_id": sample_ids[i], "attempt": 1, "message": message}
+        for i, message in wrong.items()
+    ]
+    cleared = {
+        name: [None if i in wrong else held for i, held in enumerate(per_sample)]
+        for name, per_sample in scores.steps.items()
+    }
+    return replace(scores, steps=cleared).drop(dict.fromkeys(wrong, "reward_error"), incidents)
 
 
 def _record(tracker: Tracker, incidents: Sequence[dict[str, Any]]) -> None:
@@ -90,7 +166,9 @@ def _record(tracker: Tracker, incidents: Sequence[dict[str, Any]]) -> None:
         tracker.event(fields.pop("kind"), **fields)
 
 
-def _samples(prompt: Prompt, ids: Sequence[int], generations: Sequence[Generation]) -> list[Sample]:
+def _samples(
+    prompt: Prompt, ids: Sequence[int], generations: Sequence[Generation], step_texts: Sequence[tuple[str, ...]]
+) -> list[Sample]:
     return [
         Sample(
             id=sample_id,
@@ -98,11 +176,13 @@ def _samples(prompt: Prompt, ids: Sequence[int], generations: Sequence[Generatio
             completion=generation.text,
             row=Row(prompt.row),
             finish_reason=generation.finish_reason,
-            num_tokens=len(generation.token_ids),
+            num_tokens=len(generation.token_ids) - sum(generation.observed),
             completion_ids=generation.token_ids,
-            prompt_ids=prompt.token_ids,
+            prompt_ids=generation.prompt_ids or prompt.token_ids,
+            messages=generation.messages,
+            step_texts=texts,
         )
-        for sample_id, generation in zip(ids, generations, strict=True)
+        for sample_id, generation, texts in zip(ids, generations, step_texts, strict=True)
     ]
 
 
@@ -126,13 +206,26 @@ def to_batch(groups: Sequence[Group]) -> Batch:
     kept = [(number, group, i) for number, group in enumerate(groups) for i in group.kept()]
     if not kept:
         raise no_reward_error(groups)
-    parts: dict[str, list] = {name: [] for name in ("tokens", "loss_mask", "rollout_logp", "version")}
+    parts: dict[str, list] = {name: [] for name in ("tokens", "loss_mask", "rollout_logp", "version", *STEP_FIELDS)}
     for _, group, i in kept:
-        prompt, response = group.prompt.token_ids, group.generations[i]
+        response = group.generations[i]
+        prompt = response.prompt_ids or group.prompt.token_ids
         parts["tokens"].append(np.array([*prompt, *response.token_ids], np.int32))
-        parts["loss_mask"].append(np.repeat([False, True], [len(prompt), len(response.token_ids)]))
+        observed = np.array(response.observed or [False] * len(response.token_ids), bool)
+        parts["loss_mask"].append(np.concatenate([np.zeros(len(prompt), bool), ~observed]))
         parts["rollout_logp"].append(np.array([*[0.0] * len(prompt), *response.logprobs], np.float32))
         parts["version"].append(np.array([*[-1] * len(prompt), *response.versions], np.int32))
+        ends_T, rewards_T = (
+            np.zeros(len(parts["tokens"][-1]), np.float32),
+            np.zeros(len(parts["tokens"][-1]), np.float32),
+        )
+        if group.step_ends[i]:
+            positions = len(prompt) + np.array(group.step_ends[i])
+            steps = group.scores.step_rewards[i]
+            ends_T[positions], rewards_T[positions] = 1.0, 0.0 if steps is None else steps
+        parts["step_ends"].append(ends_T)
+        parts["step_rewards"].append(rewards_T)
+    stepwise = {name: np.concatenate(parts.pop(name)) for name in STEP_FIELDS}
     names = sorted({name for group in groups for name in group.scores.components})
     return Batch(
         **{name: np.concatenate(arrays) for name, arrays in parts.items()},
@@ -143,6 +236,7 @@ def to_batch(groups: Sequence[Group]) -> Batch:
         rewards={
             name: np.array([_component(group.scores, name, i) for _, group, i in kept], np.float32) for name in names
         },
+        annotations=stepwise if stepwise["step_ends"].any() else {},
     )
 
 

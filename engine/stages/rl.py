@@ -27,9 +27,10 @@ from engine.roles import SamplingSettings, Trained, Workers
 from engine.schedule.ledger import SampleLedger
 from engine.stages.advantage import with_advantages
 from engine.stages.evaluation import evaluate_answers
-from engine.stages.experience import Group, collect_groups, no_reward_error, sample_seeds, to_batch
+from engine.stages.experience import Group, RewardScheme, collect_groups, no_reward_error, sample_seeds, to_batch
 from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
+from engine.stages.measures import measures
 from engine.tracking.tracker import Tracker
 
 FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -54,6 +55,7 @@ class RLStage:
         self.train_prompts = plan.train_prompts
         self.held_out_prompts = plan.held_out_prompts
         self.sampler = RowSampler(len(self.train_prompts), seed=config.seed)
+        self.scheme = RewardScheme.of(plan)
         self.ledger = SampleLedger()
         self.kl = kl_controller(config.algorithm)
         self.guard = NumericsGuard(tracker, stop_after=config.optimizer.stop_after_skipped)
@@ -69,7 +71,8 @@ class RLStage:
     def step(self, step: int) -> dict[str, float]:
         """Generate, score, compare, update, publish."""
         drawn, groups = self._rollout(step)
-        metrics = self._measures(drawn)
+        metrics = measures(drawn) | {"rollout/epoch": float(self.sampler.epoch)}
+        metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         if groups:
             batch = self._annotate(to_batch(groups))
             metrics |= self._measure_kl(batch)
@@ -85,18 +88,19 @@ class RLStage:
         """Rewards of answers to held-out prompts."""
         if not self.held_out_prompts:
             return {}
-        return evaluate_answers(self.config, self.sampling, self.tracker, self.held_out_prompts)
+        return evaluate_answers(self.config, self.sampling, self.tracker, self.scheme, self.held_out_prompts)
 
     def save(self, folder: Path) -> None:
         """Write the policy."""
         self.policy.save(folder)
 
     def state(self) -> dict[str, Any]:
-        """Order of prompts, account of samples, weight of the KL."""
+        """Order of prompts, account of samples, weight of the KL, statistics of the rewards."""
         return {
             "sampler": self.sampler.state_dict(),
             "ledger": self.ledger.state_dict(),
             "kl_coef": self.kl.value,
+            "rewards": self.scheme.composition.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -104,6 +108,7 @@ class RLStage:
         self.sampler.load_state_dict(state["sampler"])
         self.ledger.load_state_dict(state["ledger"])
         self.kl.value = state["kl_coef"]
+        self.scheme.composition.load_state_dict(state["rewards"])
 
     def _rollout(self, step: int) -> tuple[list[Group], list[Group]]:
         """A step's groups, generated and scored: all that were drawn, and those that are to be trained.
@@ -137,7 +142,7 @@ class RLStage:
         prompts: list[Prompt] = [self.train_prompts[i] for i in self.sampler.next(count)]
         ids = [self.ledger.admit(samples) for _ in prompts]
         seeds = [sample_seeds(self.config.seed, step, first + i, count=samples) for i in range(count)]
-        return collect_groups(self.sampling, self.tracker, prompts, ids, seeds, self.settings)
+        return collect_groups(self.sampling, self.tracker, self.scheme, prompts, ids, seeds, self.settings)
 
     def _annotate(self, batch: Batch) -> Batch:
         """Log-probs under other weights and values, only where something needs them."""
@@ -245,31 +250,6 @@ class RLStage:
         }
         return metrics | ({"policy/kl_coef": self.kl.value} if self.config.algorithm.kl_coef > 0 else {})
 
-    def _measures(self, groups: list[Group]) -> dict[str, float]:
-        """Rewards and lengths of all that a step has drawn."""
-        generations = [g for group in groups for g in group.generations]
-        totals = np.concatenate([group.scores.totals[group.kept()] for group in groups])
-        metrics = {
-            "reward/groups_without_signal": float(np.mean([not group.differs() for group in groups])),
-            "rollout/prompts": float(len(groups)),
-            "rollout/response_length": float(np.mean([len(g.token_ids) for g in generations])),
-            "rollout/truncated_fraction": float(np.mean([g.finish_reason == "length" for g in generations])),
-            "rollout/tokens": float(
-                sum(len(group.prompt.token_ids) + len(g.token_ids) for group in groups for g in group.generations)
-            ),
-            "rollout/epoch": float(self.sampler.epoch),
-        }
-        if len(totals):
-            metrics |= {"reward/mean": float(totals.mean()), "reward/std": float(totals.std())}
-        metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
-        for name in sorted({name for group in groups for name in group.scores.components}):
-            held = [group.scores.components[name] for group in groups if name in group.scores.components]
-            values = np.concatenate(held)
-            if not np.isnan(values).all():
-                metrics |= {f"reward/{name}/mean": float(np.nanmean(values))}
-                metrics |= {f"reward/{name}/std": float(np.nanstd(values))}
-        return metrics
-
     def _record(self, step: int, groups: Sequence[Group]) -> None:
         """Write some of a step's samples."""
         rows = [
@@ -279,6 +259,7 @@ class RLStage:
                 "reward": None if i in dropped else float(group.scores.totals[i]),
                 "dropped": dropped.get(i),
                 "finish_reason": generation.finish_reason,
+                "messages": list(generation.messages),
                 "sample_id": group.sample_ids[i],
             }
             for group, dropped in ((group, group.dropped()) for group in groups)

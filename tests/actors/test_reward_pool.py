@@ -131,6 +131,12 @@ def score_once(*functions: str | dict[str, Any], of: tuple[str, ...] = ("42", "4
         return running.score(samples(*of))
 
 
+def only(scores: Scores) -> np.ndarray:
+    """The values of the one function there is."""
+    [values] = [values for name, values in scores.components.items() if "/" not in name]
+    return values
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -147,20 +153,19 @@ def becomes_true(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return False
 
 
-def test_components_are_weighted_and_summed() -> None:
+def test_each_function_gives_its_component_unweighted() -> None:
     scores = score_once("good", entry("length_reward", weight=0.5), entry("later", weight=-1.0))
     assert {name: values.tolist() for name, values in scores.components.items()} == {
         "good": [1.0, 0.0],
         "length_reward": [2.0, 2.0],
         "later": [1.0, 1.0],
     }
-    assert scores.totals.tolist() == [1.0, 0.0]
-    assert scores.totals.dtype == scores.components["good"].dtype == np.float32
+    assert scores.components["good"].dtype == np.float32
     assert (scores.dropped, scores.incidents) == ({}, [])
 
 
 def test_a_function_written_for_trl_runs_unchanged() -> None:
-    assert score_once("match").totals.tolist() == [1.0, 0.0]
+    assert only(score_once("match")).tolist() == [1.0, 0.0]
 
 
 def test_named_parts_are_logged_beside_their_sum_and_counted_once() -> None:
@@ -168,19 +173,19 @@ def test_named_parts_are_logged_beside_their_sum_and_counted_once() -> None:
     np.testing.assert_array_equal(scores.components["p"], [1.25, 2.0])
     np.testing.assert_array_equal(scores.components["p/format"], [0.25, math.nan])
     np.testing.assert_array_equal(scores.components["p/other"], [math.nan, 2.0])
-    np.testing.assert_array_equal(scores.totals, [2.5 + 0.75, 4.0 + 0.75])
+    assert [steps.tolist() for steps in scores.steps["steps"]] == [[0.5, 0.25]] * 2
+    assert "p" not in scores.steps
 
 
-def test_no_opinion_leaves_the_sum_and_a_sample_without_any_is_dropped() -> None:
+def test_no_opinion_is_no_failure() -> None:
     scores = score_once("opinion", of=("42", "skip"))
-    np.testing.assert_array_equal(scores.totals, [1.0, math.nan])
-    assert (scores.dropped, scores.incidents) == ({1: "no_reward"}, [])
-    assert score_once("opinion", "steps", of=("42", "skip")).totals.tolist() == [1.75, 0.75]
+    np.testing.assert_array_equal(only(scores), [1.0, math.nan])
+    assert (scores.dropped, scores.incidents) == ({}, [])
 
 
 def test_no_samples_have_no_scores() -> None:
     scores = score_once("good", "length_reward", of=())
-    assert (len(scores.totals), scores.dropped, scores.incidents) == (0, {}, [])
+    assert (scores.size, scores.dropped, scores.incidents) == (0, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,6 @@ def test_a_failure_is_an_incident_with_its_place_and_drops_the_sample(
         }
     ]
     assert scores.dropped == {0: "reward_error"}
-    assert math.isnan(scores.totals[0])
     assert math.isnan(scores.components[function][0])
     assert scores.components["steps"][0] == 0.75
 
@@ -217,7 +221,7 @@ def test_a_hanging_sample_ends_at_its_deadline_and_the_others_are_scored(functio
         start = time.monotonic()
         scores = running.score(samples("a", "hang", "b", "c"))
         assert time.monotonic() - start < 10
-    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1, 1])
+    np.testing.assert_array_equal(only(scores), [1, math.nan, 1, 1])
     assert scores.dropped == {1: "reward_timeout"}
     assert [(i["kind"], i["sample_id"]) for i in scores.incidents] == [("reward_timeout", 101)]
     assert scores.incidents[0]["message"] == "took longer than 0.6 s"
@@ -239,22 +243,22 @@ def test_a_dying_worker_is_an_incident_and_is_replaced(way: str, reason: str) ->
     with pool("dying") as running:
         scores = running.score(samples("a", way, "b"))
         again = running.score(samples("c"))
-    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1])
+    np.testing.assert_array_equal(only(scores), [1, math.nan, 1])
     assert scores.dropped == {1: "reward_error"}
     assert scores.incidents[-1]["message"] == f"the worker process died ({reason})"
-    assert again.totals.tolist() == [1.0]
+    assert only(again).tolist() == [1.0]
 
 
 def test_workers_that_are_killed_while_they_wait_are_replaced() -> None:
     with pool("worker") as running:
-        os.kill(int(running.score(samples("a")).totals[0]), signal.SIGKILL)
+        os.kill(int(only(running.score(samples("a")))[0]), signal.SIGKILL)
         time.sleep(0.5)
         assert running.score(samples("b", "c")).dropped == {}
 
 
 def test_a_failed_call_is_repeated() -> None:
     scores = score_once("second_try", retries=1)
-    assert scores.totals.tolist() == [1.0, 1.0]
+    assert only(scores).tolist() == [1.0, 1.0]
     assert [(i["attempt"], i["sample_id"]) for i in scores.incidents] == [(1, 100), (1, 101)]
     assert scores.dropped == {}
 
@@ -272,7 +276,7 @@ def test_on_error_fail_stops_with_function_sample_and_place() -> None:
 
 def test_a_batch_function_drops_only_the_samples_whose_reward_is_bad() -> None:
     scores = score_once("one_bad", of=("a", "nan", "b"), retries=1)
-    np.testing.assert_array_equal(scores.totals, [1, math.nan, 1])
+    np.testing.assert_array_equal(only(scores), [1, math.nan, 1])
     assert scores.dropped == {1: "reward_error"}
     assert [(i["sample_id"], i["attempt"]) for i in scores.incidents] == [(101, 1), (101, 2)]
 
@@ -300,12 +304,6 @@ def test_one_success_keeps_a_function_that_often_fails() -> None:
     with pool("dying", stop_after_failures=2) as running:
         running.score(samples("a"))
         assert len(running.score(samples("exit", "exit", "exit")).dropped) == 3
-
-
-def test_a_sum_beyond_float32_is_dropped_with_its_reason() -> None:
-    scores = score_once(entry("huge", weight=100.0), of=("a",))
-    assert scores.dropped == {0: "reward_overflow"}
-    assert math.isnan(scores.totals[0])
 
 
 def test_workers_are_light_and_use_one_thread() -> None:
@@ -373,7 +371,7 @@ def test_closing_while_scoring_ends_the_wait() -> None:
 
 def test_close_ends_every_process_and_can_be_repeated() -> None:
     with pool("worker", workers=2) as running:
-        pids = {int(p) for p in running.score(samples(*"abcdefgh")).totals}
+        pids = {int(p) for p in only(running.score(samples(*"abcdefgh")))}
         assert all(alive(pid) for pid in pids)
         running.close()
         assert not any(alive(pid) for pid in pids)

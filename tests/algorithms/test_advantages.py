@@ -17,6 +17,7 @@ from engine.algorithms.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    step_relative,
     whiten,
 )
 
@@ -277,3 +278,26 @@ def test_results_keep_the_dtype_carry_no_gradient_and_leave_the_inputs_alone(dty
     assert torch.equal(x_T.detach(), before)
     assert other_T.tolist() == [1] * 4
     assert tail_B.tolist() == [1] * 2
+
+
+def test_step_rewards_are_normalised_among_all_steps_of_a_group_and_summed_from_the_end():
+    """Two solutions of one prompt, with steps of 2 + 1 and 3 tokens: DeepSeekMath, section 4.1.3, by hand."""
+    rewards_T = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
+    ends_T = torch.tensor([False, True, True, False, False, True])
+    steps = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    first, second, third = ((steps - steps.mean()) / (steps.std() + 1e-6)).tolist()
+    expected = [first + second, first + second, second, third, third, third]
+    got = step_relative(rewards_T, ends_T, [3, 3], [5, 5])
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+@given(st.integers(0, 1000))
+def test_without_marked_steps_it_is_the_group_relative_advantage_at_every_token(seed):
+    random = torch.Generator().manual_seed(seed)
+    lens = torch.randint(1, 5, (6,), generator=random)
+    rewards_T = torch.randn(int(lens.sum()), generator=random, dtype=torch.float64)
+    ids = torch.tensor([3, 3, 3, 8, 8, 9])
+    got = step_relative(rewards_T, torch.zeros(len(rewards_T)), lens, ids)
+    scores_B = torch.stack([part.sum() for part in rewards_T.split(lens.tolist())])
+    expected = torch.repeat_interleave(group_relative(scores_B, ids), lens)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)

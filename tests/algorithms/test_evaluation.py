@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.evaluation import calibration_error, mean_and_standard_error, pass_at_k
+from engine.algorithms.evaluation import calibration_error, length_correlation, mean_and_standard_error, pass_at_k
 
 
 @given(n=st.integers(1, 7), data=st.data())
@@ -143,3 +143,12 @@ def test_a_prediction_on_an_edge_belongs_to_the_bin_below():
 def test_impossible_predictions_are_refused(chances, outcomes, bins, message):
     with pytest.raises(ValueError, match=message):
         calibration_error(chances, outcomes, bins=bins)
+
+
+def test_the_correlation_with_length_is_pearsons_over_those_that_have_a_value():
+    values, lengths = np.array([1.0, 2.0, np.nan, 5.0]), np.array([10, 20, 5, 30])
+    expected = np.corrcoef([1, 2, 5], [10, 20, 30])[0, 1]
+    assert length_correlation(values, lengths) == pytest.approx(expected)
+    assert length_correlation(np.array([0.1, 0.1, 0.1]), np.array([1, 2, 3])) == 0
+    assert length_correlation(np.array([1.0, 2.0]), np.array([3, 3])) == 0
+    assert length_correlation(np.array([np.nan, 2.0]), np.array([3, 4])) == 0

@@ -10,7 +10,7 @@ import pytest
 from engine.config import UserError
 from engine.data.examples import Example, PreparedExamples, to_batch
 from engine.data.prompts import build_prompts
-from engine.data.steps import build_steps, step_ends
+from engine.data.steps import StepCutter, build_steps, step_ends
 from tests.data.tokenizer_families import CORES, LOSSLESS, data_of, decode, make, rows_of
 
 ROW = {"prompt": "how many?", "steps": ["think about it", "1 and 2", "12"], "labels": [True, 0.25, 0]}
@@ -120,3 +120,25 @@ def test_a_step_of_a_response_ends_with_the_token_that_completes_the_separator(p
             return pieces[ids[0]]
 
     assert step_ends(range(len(pieces)), Pieces(), separator) == ends
+
+
+class TestStepCutter:
+    def test_a_text_ends_a_step_and_the_texts_together_are_the_response(self):
+        tokenizer = make("byte-level")
+        ids = tokenizer("one\ntwo\nthree")["input_ids"]
+        cutter = StepCutter(tokenizer, "\n")
+        ends = cutter.ends(ids)
+        assert cutter.texts(ids, ends) == ("one\n", "two\n", "three")
+        assert ends[-1] == len(ids) - 1
+
+    def test_a_function_of_the_users_cuts_where_it_likes(self, tmp_path):
+        file = tmp_path / "cut.py"
+        file.write_text(
+            "import re\ndef sentences(text): return re.findall(r'[^.]+[.]?', text)\ndef wrong(text): return [text[1:]]"
+        )
+        tokenizer = make("byte-level")
+        ids = tokenizer("A is one. B is two. So")["input_ids"]
+        cutter = StepCutter(tokenizer, f"{file}:sentences")
+        assert [text.strip() for text in cutter.texts(ids, cutter.ends(ids))] == ["A is one.", "B is two.", "So"]
+        with pytest.raises(UserError, match=r"rewards\.steps: .*wrong must cut"):
+            StepCutter(tokenizer, f"{file}:wrong").ends(ids)

@@ -7,14 +7,14 @@ import fractions
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from engine.config import RewardConfig, RewardsConfig, UserError
-from engine.rewards.contract import Outcome, RewardFunction, Row, Sample, Scores, resolve, resolve_all, reward
+from engine.rewards.contract import BUILT_IN, Outcome, RewardFunction, Row, Sample, Scores, resolve, resolve_all, reward
 
 
 def sample(completion: str = "42", prompt: Any = "6 * 7 = ?", id: int = 0, **columns: Any) -> Sample:
@@ -22,7 +22,7 @@ def sample(completion: str = "42", prompt: Any = "6 * 7 = ?", id: int = 0, **col
 
 
 def wrap(function: Any, *, batch: bool = False) -> RewardFunction:
-    return RewardFunction("score", 1.0, 5.0, "skip", batch, function)
+    return RewardFunction("score", 1.0, 5.0, "skip", batch, False, function)
 
 
 def value_of(returned: Any) -> Outcome:
@@ -112,8 +112,8 @@ class TestValues:
             [torch.tensor(0.5), 0.25, np.int8(-1)],
         ],
     )
-    def test_the_outcome_of_steps_is_their_sum(self, returned: Any) -> None:
-        assert value_of(returned) == {"score": -0.25}
+    def test_steps_are_kept_one_by_one(self, returned: Any) -> None:
+        assert value_of(returned) == {"score": (0.5, 0.25, -1.0)}
 
     @pytest.mark.parametrize(
         ("returned", "message"),
@@ -295,9 +295,9 @@ class TestResolve:
         with pytest.raises(UserError, match=r"must take one sample, f\(sample\), or lists, .*; it takes \("):
             self.resolve(name)
 
-    def test_a_gate_is_refused(self) -> None:
-        with pytest.raises(UserError, match="gates are not supported yet; remove gate="):
-            self.resolve("gate")
+    def test_a_gate_is_one_by_its_mark_or_by_the_yaml(self) -> None:
+        assert (self.resolve("gate").gate, self.resolve("full").gate) == (True, False)
+        assert (self.resolve("gate", gate=False).gate, self.resolve("full", gate=True).gate) == (False, True)
 
     def test_a_name_with_a_slash_is_refused(self) -> None:
         with pytest.raises(UserError, match="must not contain '/'"):
@@ -327,44 +327,64 @@ def test_settings_without_a_sensible_value_are_refused(settings: dict[str, Any])
 
 
 class TestScoresOfSeveralSources:
-    def test_samples_that_nobody_has_scored_are_all_dropped_for_that(self) -> None:
+    def test_nobody_has_an_opinion_at_first(self) -> None:
         scores = Scores.without_opinion(2)
         assert np.isnan(scores.totals).all()
-        assert (scores.components, scores.dropped, scores.incidents) == ({}, {0: "no_reward", 1: "no_reward"}, [])
-        assert len(Scores.without_opinion(0).totals) == 0
+        assert (scores.size, scores.components, scores.dropped, scores.incidents) == (2, {}, {}, [])
 
-    def test_components_add_up_with_their_weights_and_are_kept_unweighted(self) -> None:
-        functions = Scores({"f": np.array([1, 2], np.float32)}, np.array([0.5, 1], np.float32))
-        both = functions.plus("rm", np.array([3, -1], np.float32), 2.0, [7, 8])
+    def test_a_model_adds_a_component_and_leaves_the_others_as_they_are(self) -> None:
+        functions = Scores({"f": np.array([1, 2], np.float32)}, np.full(2, np.nan, np.float32))
+        both = functions.plus("rm", np.array([3, -1], np.float64), [None, np.array([1.0, -2.0])], [7, 8])
         assert {name: values.tolist() for name, values in both.components.items()} == {"f": [1, 2], "rm": [3, -1]}
-        assert both.totals.tolist() == [6.5, -1.0]
-        assert (both.totals.dtype, both.components["rm"].dtype) == (np.float32, np.float32)
+        assert both.components["rm"].dtype == np.float32
+        assert both.steps["rm"][0] is None
+        assert both.steps["rm"][1].tolist() == [1, -2]
         assert (both.dropped, both.incidents) == ({}, [])
-        assert (functions.totals.tolist(), set(functions.components)) == ([0.5, 1.0], {"f"}), "it is not changed"
-
-    def test_who_had_no_reward_has_one_now_even_if_it_weighs_nothing(self) -> None:
-        functions = Scores({}, np.array([np.nan, 1], np.float32), {0: "no_reward"})
-        measured = functions.plus("rm", np.array([5, 5], np.float32), 0.0, [7, 8])
-        assert (measured.totals.tolist(), measured.dropped) == ([0.0, 1.0], {})
+        assert set(functions.components) == {"f"}, "it is not changed"
 
     def test_what_a_function_dropped_stays_dropped_for_its_reason(self) -> None:
         failed = Scores(
             {"f": np.array([1, np.nan, np.nan], np.float32)},
-            np.array([1, np.nan, np.nan], np.float32),
+            np.full(3, np.nan, np.float32),
             {1: "reward_timeout", 2: "reward_error"},
             [{"kind": "timeout"}],
         )
-        both = failed.plus("rm", np.array([np.inf, 2, np.nan], np.float32), 1.0, [7, 8, 9])
-        assert list(both.dropped.items()) == [(0, "reward_not_finite"), (1, "reward_timeout"), (2, "reward_error")]
+        both = failed.plus("rm", np.array([np.inf, 2, np.nan], np.float32), [None] * 3, [7, 8, 9])
+        assert both.dropped == {0: "reward_not_finite", 1: "reward_timeout", 2: "reward_error"}
         assert [incident["kind"] for incident in both.incidents] == ["timeout"] + ["reward_not_finite"] * 2
-        assert np.isnan(both.totals).all()
         assert [bool(np.isnan(value)) for value in both.components["rm"]] == [True, False, True]
 
     def test_each_value_that_is_not_finite_is_an_incident(self) -> None:
         broken = np.array([1, np.nan, np.inf, -np.inf], np.float32)
-        scores = Scores.without_opinion(4).plus("rm", broken, 2.0, [10, 11, 12, 13])
+        scores = Scores.without_opinion(4).plus("rm", broken, [None] * 4, [10, 11, 12, 13])
         assert scores.incidents == [
             {"kind": "reward_not_finite", "function": "rm", "sample_id": i, "attempt": 1, "message": message}
             for i, message in enumerate([f"the reward model gave {x}" for x in ("nan", "inf", "-inf")], 11)
         ]
-        assert scores.totals[0] == 2
+        assert set(scores.dropped) == {1, 2, 3}
+
+
+class TestBuiltIns:
+    ARGUMENTS: ClassVar[dict[str, Any]] = {"regex": {"pattern": "a"}, "length": {"maximum": 3}} | {
+        "json_schema": {"schema": {}},
+        "language": {"language": "en"},
+    }
+
+    @pytest.mark.parametrize("name", BUILT_IN)
+    def test_each_is_found_by_its_name_and_takes_one_sample(self, name: str) -> None:
+        config = RewardConfig(function=name, arguments=self.ARGUMENTS.get(name, {}))
+        found = resolve(config, RewardsConfig(functions=[config]))
+        assert (found.name, found.batch) == (name, False)
+
+    def test_it_scores_like_any_other_function(self) -> None:
+        config = RewardConfig(function="numeric", name="right", arguments={"column": "gold"})
+        [found] = resolve_all(RewardsConfig(functions=[config]))
+        right, wrong = (Sample(i, "p", text, Row({"gold": "12"})) for i, text in enumerate(["so 12", "so 13"]))
+        assert found([right, wrong]) == [{"right": 1.0}, {"right": 0.0}]
+
+    def test_a_class_or_factory_of_the_users_is_made_with_the_arguments(self, tmp_path: Path) -> None:
+        file = tmp_path / "own.py"
+        file.write_text("def at_least(limit):\n    return lambda sample: float(len(sample.completion) >= limit)\n")
+        config = RewardConfig(function=f"{file}:at_least", name="long", arguments={"limit": 3})
+        [found] = resolve_all(RewardsConfig(functions=[config]))
+        assert found([Sample(0, "p", "abc", Row({})), Sample(1, "p", "ab", Row({}))]) == [{"long": 1.0}, {"long": 0.0}]

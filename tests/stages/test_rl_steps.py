@@ -16,6 +16,7 @@ from engine.data.batch import Batch
 from engine.data.prompts import Prompt
 from engine.plan import Plan
 from engine.presets import PRESETS
+from engine.rewards.composition import Component, Composition
 from engine.rewards.contract import Scores
 from engine.roles import Generation, Sampling, Workers
 from engine.stages.advantage import shaped_scores, with_advantages
@@ -200,7 +201,8 @@ def test_log_probs_that_are_not_finite_are_never_trained_on(tmp_path):
 def test_a_step_of_one_token_and_a_reward_too_large_for_a_float_stay_out_of_the_maths():
     one_token = batch_of([1.0], [0], [[False, True]])
     assert per_sample(advantages(one_token, preset("reinforce_pp_baseline"))) == [0.0]
-    scores = Scores.without_opinion(2).plus("rm", np.array([3e38, 1.0], np.float32), 2.0, [0, 1])
+    values = Scores.without_opinion(2).plus("rm", np.array([3e38, 1.0], np.float32), [None, None], [0, 1])
+    [scores] = Composition([Component("rm", 2.0)]).compose([values], learn=True)
     assert scores.dropped == {0: "reward_overflow"}
     assert scores.totals[1] == 2.0
 
@@ -281,7 +283,7 @@ def test_dynamic_sampling_keeps_the_accepted_groups_when_rounds_run_out(tmp_path
     prompts = [Prompt((1, 2), "p", {"differs": i < good}) for i in range(good if good == 4 else 1000)]
     workers = Workers(policy=doubles, sampling=Sampling(doubles, doubles))
     tracker = Tracker(config)
-    stage = RLStage(config, workers, tracker, Plan(train_prompts=prompts))
+    stage = RLStage(config, workers, tracker, Plan(train_prompts=prompts, components=[Component("r")]))
     if good == 1:
         in_order = iter(range(1000))
         stage.sampler.next = lambda count: [next(in_order) for _ in range(count)]
