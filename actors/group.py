@@ -167,16 +167,23 @@ class WorkerGroup:
         arguments: Sequence[tuple[Any, ...]],
         env: Mapping[str, str],
         concurrency: int = 1,
+        restarts: int = 0,
         turns: Turns | None = None,
     ) -> None:
-        """Makes one actor per slot with its own constructor arguments; `start_all` starts them."""
+        """Makes one actor per slot with its own constructor arguments; `start_all` starts them.
+
+        `restarts` is how often Ray itself starts a dead actor's process again (-1: always), without `start`.
+        """
         remote: Any = ray.remote(actor_class)
         self.name = name
         self.turns = turns
         self._make = [
             partial(
                 remote.options(
-                    **slots.options(rank), runtime_env={"env_vars": dict(env)}, max_concurrency=concurrency
+                    **slots.options(rank),
+                    runtime_env={"env_vars": dict(env)},
+                    max_concurrency=concurrency,
+                    max_restarts=restarts,
                 ).remote,
                 *args,
             )

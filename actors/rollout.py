@@ -17,9 +17,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from actors.episode import EpisodePlayer
 from actors.group import ActorDiedError, ActorError, WorkerGroup, as_completed, gather
 from actors.lora_engine import engine_lora_arguments, load_adapter
 from actors.policy import PolicyGroup, ships_adapter
@@ -110,13 +113,18 @@ def engine_arguments(config: Config) -> dict[str, Any]:
 class RolloutActor:
     """One engine. It serves nothing until a published weight version has been acknowledged."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, environments: Sequence[Any] = ()) -> None:
+        """`environments` are the handles of the processes that run them, where there are episodes."""
         self.config = config
+        self.environments = environments
         self.version: int | None = 0 if serves_teacher(config) else None
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._requests: dict[str, _Request] = {}
         self._admitted: dict[int, list[str]] = {}
+        self._player: EpisodePlayer | None = None
+        self._played: dict[int, list[Future[Generation]]] = {}
+        self._threads = ThreadPoolExecutor(config.rollout.concurrent_samples, thread_name_prefix="episode")
         self._counter = 0
         self._lora: Any = None
         self._error: BaseException | None = None
@@ -135,9 +143,17 @@ class RolloutActor:
         arguments = EngineArgs(**engine_arguments(self.config))
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
+        if self.environments:
+            from transformers import AutoTokenizer
+
+            trusted = self.config.model.trust_remote_code
+            tokenizer = AutoTokenizer.from_pretrained(self.config.model.path, trust_remote_code=trusted)
+            self._player = EpisodePlayer(self.config, tokenizer, self.environments, self._answer)
 
     def admit(self, requests: Sequence[GenerationRequest], settings: SamplingSettings, *, version: int) -> None:
         """Take prompts, all before the next engine step; `collect` waits for each one's responses.
+
+        Where there are environments, each response is an episode: its turns are added one by one.
 
         Raises:
             RuntimeError: the engine does not hold this weight version, or its step thread has died.
@@ -148,6 +164,11 @@ class RolloutActor:
                 raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
             if not self.engine.has_unfinished_requests():
                 self.engine.reset_prefix_cache()
+            if self._player is not None:
+                for request in requests:
+                    play = partial(self._player.play, request, settings)
+                    self._played[request.key] = [self._threads.submit(play, seed) for seed in request.seeds]
+                return
             for request in requests:
                 ids = [self._add(request.prompt, settings, seed) for seed in request.seeds]
                 self._admitted[request.key] = ids
@@ -160,8 +181,22 @@ class RolloutActor:
             RuntimeError: the step thread has died.
             TimeoutError: not all responses were whole within `within_s` seconds; the open ones are aborted.
         """
+        if self._player is not None:
+            deadline = time.monotonic() + within_s
+            return [future.result(max(0.0, deadline - time.monotonic())) for future in self._played.pop(key)]
+        return self._wait(self._admitted.pop(key), within_s)
+
+    def _answer(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> Generation:
+        """One response; blocks its caller's thread only. Raises as `collect`."""
+        with self._lock:
+            self._check_alive()
+            request_id = self._add(prompt, settings, seed)
+        self._wake.set()
+        return self._wait([request_id], self.config.timeouts.generate)[0]
+
+    def _wait(self, ids: Sequence[str], within_s: float) -> list[Generation]:
         deadline = time.monotonic() + within_s
-        requests = {request_id: self._requests[request_id] for request_id in self._admitted[key]}
+        requests = {request_id: self._requests[request_id] for request_id in ids}
         try:
             for request in requests.values():
                 if not request.done.wait(deadline - time.monotonic()):
@@ -173,7 +208,7 @@ class RolloutActor:
                 unfinished = [i for i, r in requests.items() if not r.done.is_set()]
                 if unfinished and self._error is None:
                     self.engine.abort_request(unfinished)
-                for request_id in self._admitted.pop(key):
+                for request_id in ids:
                     self._requests.pop(request_id, None)
 
     def load_weights(self, snapshot: Snapshot, fetch_s: float) -> Ack:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.config_file import load_config
+from engine.environments.contract import Environment, Turn
 from engine.rewards.contract import Sample, reward
 
 if TYPE_CHECKING:
     from engine.pipeline import run
 
-__all__ = ["Sample", "load_config", "reward", "run"]
+__all__ = ["Environment", "Sample", "Turn", "load_config", "reward", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.critic import CriticActor, CriticGroup, critic_config
+from actors.environment import EnvironmentActor
 from actors.group import ActorError, Slots, Turns, WorkerGroup, rendezvous, start_all
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
@@ -53,6 +54,8 @@ def roles_of(config: Config) -> list[Role]:
     if config.generates:
         roles += [model(_scorer(source), source.ranks) for source in config.rewards.models]
         roles.append(model("rollout", config.rollout.engines))
+        if config.environment is not None:
+            roles.append(Role("environments", config.environment.workers, cpus, on_device=False))
         if config.rewards.functions:
             roles.append(Role("rewards", 1, cpus * config.rewards.workers, on_device=False))
     return roles
@@ -166,9 +169,15 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
             crew.make("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
             stack.callback(_close_pool, crew.groups["rewards"])
             start_all([crew.groups["rewards"]], config.timeouts.start)
+        if config.environment is not None and "environments" in crew.slots:
+            own = [(config.environment,)] * config.environment.workers
+            crew.make("environments", EnvironmentActor, own, {"OMP_NUM_THREADS": "1"}, concurrency=1024, restarts=-1)
+            start_all([crew.groups["environments"]], config.timeouts.start)
         if "rollout" in crew.slots:
             env = engine_environment(config.device, config.rollout.threads)
-            crew.make("rollout", RolloutActor, [(config,)] * config.rollout.engines, env, concurrency=1024)
+            environments = crew.groups["environments"].actors if "environments" in crew.groups else []
+            arguments = [(config, environments)] * config.rollout.engines
+            crew.make("rollout", RolloutActor, arguments, env, concurrency=1024)
         if "reward_model" in crew.slots:
             crew.make_trained("reward_model", RewardModelActor, config, updates, annotators)
         else:
@@ -182,7 +191,8 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
         for source in config.rewards.models if config.generates else []:
             env = trainer_environment(config.device, source.threads)
             crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env)
-        start_all([group for name, group in crew.groups.items() if name != "rewards"], config.timeouts.start)
+        started = ("rewards", "environments")
+        start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
         yield crew.workers()
 
 
@@ -200,7 +210,13 @@ class _Crew:
                 self._turns |= dict.fromkeys(roles, Turns(config.timeouts.publish))
 
     def make(
-        self, name: str, actor_class: type, arguments: list[tuple[Any, ...]], env: dict[str, str], concurrency: int = 1
+        self,
+        name: str,
+        actor_class: type,
+        arguments: list[tuple[Any, ...]],
+        env: dict[str, str],
+        concurrency: int = 1,
+        restarts: int = 0,
     ) -> None:
         """A group whose actors get these arguments, rank by rank; it is killed at the end."""
         group = WorkerGroup(
@@ -210,6 +226,7 @@ class _Crew:
             arguments=arguments,
             env=env,
             concurrency=concurrency,
+            restarts=restarts,
             turns=self._turns.get(name),
         )
         self._stack.callback(group.kill)
@@ -290,10 +307,17 @@ def _with_absolute_paths(config: Config) -> Config:
         f.model_copy(update={"function": _absolute(f.function), "arguments": _absolute_within(f.arguments)})
         for f in config.rewards.functions
     ]
+    environment = config.environment and config.environment.model_copy(
+        update={
+            "path": _absolute(config.environment.path),
+            "arguments": _absolute_within(config.environment.arguments),
+        }
+    )
     own = {key: _absolute(getattr(config.algorithm, key)) for key in ("advantage", "loss")}
     return config.model_copy(
         update={
             "rewards": config.rewards.model_copy(update={"functions": functions}),
+            "environment": environment,
             "algorithm": config.algorithm.model_copy(update=own),
         }
     )

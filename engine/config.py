@@ -207,7 +207,7 @@ class RewardsConfig(Section):
     arXiv:2601.05242), or not at all."""
     steps: str | None = None
     """What ends a step of a response, for functions that return one value per step: a text, or `file.py:fn`, which cuts
-    a response into a list of texts."""
+    a response into a list of texts. In an environment the turns are the steps."""
     workers: Count = 1
     """Processes that run user functions."""
     timeout: Positive = 30.0
@@ -549,6 +549,28 @@ class RayConfig(Section):
     """Object store of a cluster of our own; None leaves it to Ray."""
 
 
+class EnvironmentConfig(Section):
+    """Episodes of several turns: the policy answers, the environment replies. A bare string in the YAML is the path."""
+
+    path: Location
+    """`pkg.mod:Class` or `file.py:Class` of an environment, or `tools`."""
+    arguments: dict[str, Any] = {}
+    """What the class is made with; of `tools`: `tools: [file.py:function, ...]`."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of the environment's own rewards (component `environment`)."""
+    max_turns: Count = 8
+    """Answers of the policy in one episode."""
+    max_tokens: Count | None = None
+    """Tokens of an episode after its prompt, the environment's too; None is what `rollout.max_model_len` leaves. One
+    answer has `rollout.max_new_tokens` at most."""
+    timeout: Positive = 30.0
+    """Seconds that one call of the environment may take."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """Times an episode is begun anew after a failed call, before its sample is dropped."""
+    workers: Count = 1
+    """Processes that run environments."""
+
+
 DeviceRole = Literal["policy", "critic", "reference", "reward_model", "rollout"]
 
 
@@ -605,6 +627,8 @@ class Config(Section):
     """Rows."""
     rewards: RewardsConfig = RewardsConfig()
     """Rewards."""
+    environment: Annotated[EnvironmentConfig | None, BeforeValidator(_from_path)] = None
+    """Episodes of several turns; None is one answer to each prompt."""
     rl: RLConfig = RLConfig()
     """Sizes of the reinforcement-learning loop."""
     algorithm: Annotated[AlgorithmConfig, BeforeValidator(_from_preset)] = AlgorithmConfig()
@@ -694,6 +718,10 @@ class Config(Section):
             (
                 model.new is not None and self.stage != "pretrain",
                 f"model.new: random weights are for stage: pretrain, not {self.stage}; give a model.path",
+            ),
+            (
+                self.environment is not None and self.stage != "rl",
+                f"environment: episodes are for stage: rl, not {self.stage}; leave it out",
             ),
             (
                 model.new is not None and kind != "none",
@@ -798,7 +826,7 @@ class Config(Section):
                 "the model was trained with)",
             ),
             (
-                not self.rewards.functions and not self.rewards.models,
+                not self.rewards.functions and not self.rewards.models and self.environment is None,
                 "rewards.functions: is required: the reward functions, at least one; or rewards.models",
             ),
             (
@@ -858,6 +886,11 @@ class Config(Section):
             (
                 algorithm.kl_target is not None and algorithm.kl_horizon <= 0.2 * samples,
                 f"algorithm.kl_horizon: must be over a fifth of the {samples} samples of a step",
+            ),
+            (
+                algorithm.overlong_penalty > 0 and self.environment is not None,
+                "algorithm.overlong_penalty: is for single answers; in an environment set it to 0 and let the "
+                "environment's own reward say what a long episode costs",
             ),
             (
                 algorithm.target_kl is not None and pairs,

@@ -20,6 +20,8 @@ from engine.data.prompts import Prompt, build_prompts
 from engine.data.rankings import build_rankings
 from engine.data.sources import Rows, load_rows
 from engine.data.steps import StepCutter, build_steps
+from engine.data.turns import TurnTokens
+from engine.environments.contract import load_environment
 from engine.model_folder import check_model, load_tokenizer, make_start
 from engine.rewards.composition import Component, components_of
 from engine.user_code import load_object
@@ -74,6 +76,8 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     else:
         check_model(config, weights="model.path" not in unmade)
     tokenizer = load_tokenizer(config)
+    if config.environment is not None:
+        TurnTokens(tokenizer, config.data)  # raises where answers cannot be followed by replies
     if config.stage == "distill":
         _check_teacher(config, tokenizer)
     for key, path in config.model_paths.items():
@@ -86,10 +90,12 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
 
 def _prompts_plan(config: Config, tokenizer: Any) -> Plan:
     skipped: list[str] = []
+    tools = load_environment(config.environment)[1] if config.environment is not None else []
 
     def prompts(source: SourceConfig) -> list[Prompt]:
         rows = load_rows(source, columns=config.data.columns, on_bad_row=config.data.on_bad_row)
-        prepared = build_prompts(rows, tokenizer, data=config.data, max_prompt_tokens=config.max_prompt_tokens)
+        limit = config.max_prompt_tokens
+        prepared = build_prompts(rows, tokenizer, data=config.data, max_prompt_tokens=limit, tools=tools)
         skipped.extend(prepared.skipped)
         return prepared.prompts
 

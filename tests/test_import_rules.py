@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PURE = ("engine.algorithms", "engine.schedule")
-GROUND = ("engine.config", "engine.presets", "engine.user_code", *PURE)
+GROUND = ("engine.config", "engine.presets", "engine.row", "engine.user_code", *PURE)
 PARTS = ("engine.data", "engine.rewards", "engine.environments", "engine.tracking")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine.presets": (),
+    "engine.row": (),
     "engine.config": ("engine.presets",),
     "engine.user_code": ("engine.config",),
     "engine.algorithms": ("engine.algorithms",),

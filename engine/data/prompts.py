@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,14 @@ class PreparedPrompts:
     """Reasons of `Rows.skipped`, then those found here."""
 
 
-def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_tokens: int) -> PreparedPrompts:
+def build_prompts(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    data: DataConfig,
+    max_prompt_tokens: int,
+    tools: Sequence[dict[str, Any]] = (),
+) -> PreparedPrompts:
     """Tokenise the `prompt` of each row.
 
     With a chat template (`data.chat_template`), text becomes a user message after `data.system_prompt`, and the ids
@@ -43,6 +51,7 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
     Args:
         tokenizer: a transformers tokenizer.
         max_prompt_tokens: longest prompt, in tokens.
+        tools: JSON schemas that the chat template is told of.
 
     Raises:
         UserError: a template is needed and there is none, or it is malformed; a prompt cannot be rendered (unless
@@ -56,7 +65,7 @@ def build_prompts(rows: Rows, tokenizer: Any, *, data: DataConfig, max_prompt_to
     skipped: list[str] = []
     for place, row in zip(rows.places, rows.rows, strict=True):
         try:
-            ids = tokenise_prompt(row["prompt"], tokenizer, templated, data.system_prompt)
+            ids = tokenise_prompt(row["prompt"], tokenizer, templated, data.system_prompt, tools)
         except RowError as error:
             unusable.append(f"{place}: {error}")
             skipped.append(unusable[-1])
@@ -112,15 +121,18 @@ def uses_template(tokenizer: Any, data: DataConfig) -> bool:
     return templated
 
 
-def tokenise_prompt(prompt: Any, tokenizer: Any, templated: bool, system_prompt: str | None) -> list[int]:
-    """Text or messages as what the model is given to continue.
+def tokenise_prompt(
+    prompt: Any, tokenizer: Any, templated: bool, system_prompt: str | None, tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """Text or messages as what the model is given to continue; `tools` are JSON schemas for the template.
 
     Raises:
         RowError: the template refuses them, there are messages but no template, or they give no tokens.
         UserError: the template is malformed.
     """
     if templated:
-        ids = apply_template(as_messages(prompt), tokenizer, system_prompt, tokenize=True, add_generation_prompt=True)
+        messages = as_messages(prompt)
+        ids = apply_template(messages, tokenizer, system_prompt, tokenize=True, add_generation_prompt=True, tools=tools)
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
@@ -147,8 +159,11 @@ def apply_template(
     *,
     tokenize: bool,
     add_generation_prompt: bool,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Any:
     """Messages as ids (`tokenize`) or as text, after the system prompt unless they begin with one of their own.
+
+    The template is told of `tools` (JSON schemas), if there are any.
 
     Raises:
         RowError: the template refuses the messages.
@@ -158,7 +173,11 @@ def apply_template(
         messages = [{"role": "system", "content": system_prompt}, *messages]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+            messages,
+            tools=list(tools) or None,
+            tokenize=tokenize,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
         )
     except TemplateSyntaxError as error:
         raise UserError(f"the tokenizer's chat template is malformed (line {error.lineno}): {error}") from error

@@ -51,6 +51,8 @@ def components_of(config: Config) -> list[Component]:
         for f, entry in zip(resolve_all(rewards), rewards.functions, strict=True)
     ]
     components += [Component(m.name, m.weight, clip=m.clip, normalize=rewards.normalize) for m in rewards.models]
+    if config.environment is not None:
+        components.append(Component(ENVIRONMENT, config.environment.weight, normalize=rewards.normalize))
     return components
 
 

@@ -20,7 +20,7 @@ import asyncio
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, TypeVar, overload
@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 
 from engine.config import RewardConfig, RewardsConfig, UserError
+from engine.row import Row
 from engine.user_code import load_object
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,54 +63,6 @@ class RewardError(UserError):
 
     incidents: Sequence[dict[str, Any]] = ()
     """The failed calls of the samples that were being scored, as in `Scores.incidents`."""
-
-
-class Row:
-    """A data row whose columns are attributes: `row.answer`, `row["answer"]`, `row.get("answer", default)`."""
-
-    __slots__ = ("_columns",)
-
-    def __init__(self, columns: Mapping[str, Any]) -> None:
-        self._columns = dict(columns)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self._columns[name]
-        except KeyError:
-            raise AttributeError(self._no_column(name)) from None
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self._columns[name]
-        except KeyError:
-            raise KeyError(self._no_column(name)) from None
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The column, or `default` if this row has none of that name."""
-        return self._columns.get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._columns
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
-
-    def __len__(self) -> int:
-        return len(self._columns)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Row) and self._columns == other._columns
-
-    def __repr__(self) -> str:
-        return f"Row({self._columns!r})"
-
-    def __reduce__(self) -> tuple[type[Row], tuple[dict[str, Any]]]:
-        return Row, (self._columns,)
-
-    def _no_column(self, name: str) -> str:
-        close = difflib.get_close_matches(name, self._columns, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"the row has no column {name!r}; {hint}its columns: {', '.join(self._columns) or 'none'}"
 
 
 @dataclass(frozen=True)

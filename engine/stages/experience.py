@@ -18,8 +18,9 @@ from engine.data.prompts import Prompt
 from engine.data.steps import StepCutter
 from engine.plan import Plan
 from engine.rewards.composition import ENVIRONMENT, Composition
-from engine.rewards.contract import RewardError, Row, Sample, Scores
+from engine.rewards.contract import RewardError, Sample, Scores
 from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings
+from engine.row import Row
 from engine.tracking.tracker import Tracker
 
 STEP_FIELDS = ("step_ends", "step_rewards")
