@@ -59,3 +59,16 @@ def test_the_full_pipeline_goes_through_all_its_stages(tmp_path, monkeypatch):
     [step] = [m for m in metrics if "policy/loss" in m]
     assert step["reward/mean"] == step["reward/reward_model/mean"], "gold is measured and weighs nothing"
     assert {"reward/gold/mean", "critic/loss", "policy/kl_per_sample"} <= step.keys()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_the_calculator_is_offered_to_a_model_that_has_read_nothing_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    changes = [f"output_dir={tmp_path}", "evaluation.prompts=8", "policy.threads=1", "rollout.threads=1"]
+    changes += ["stages.read.training.updates=2", "stages.learn.rl.steps=1", "stages.learn.rl.prompts_per_step=4"]
+    config = load_config("examples/calculator/calculator.yaml", changes)
+    result = pipeline.run(config)
+    assert result.model == (tmp_path / "calculator" / "learn" / "model").absolute()
+    lines = (config.run_dir / "learn" / "metrics.jsonl").read_text().splitlines()
+    assert any("reward/right/mean" in json.loads(line) for line in lines)
