@@ -10,8 +10,8 @@ Three forms of tests are read, as public data sets have them:
 A solution is after the reward, so it never shares a process with what judges it: outputs are compared in the caller,
 and statements run in a process of their own that calls the solution over a pipe and gets plain data back
 (`code_child`). `sys.exit(0)`, a printed verdict, an `==` that always holds, a changed builtin, a look for the tests:
-none reaches it. What remains: a solution may know public tests by heart, and a name that a test uses but neither defines
-nor imports, and that Python lacks, is the solution's word.
+none reaches it. What remains: a solution may know public tests by heart, and a name that a test uses but neither
+defines nor imports, and that Python lacks, is the solution's word.
 """
 
 from __future__ import annotations
