@@ -10,6 +10,9 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+server = typer.Typer(no_args_is_help=True, help="Serve parts of a run over HTTP.")
+app.add_typer(server, name="serve")
+
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -59,6 +62,36 @@ def doctor() -> None:
     print_report(report)
     if not report.ok:
         raise typer.Exit(FAILURE)
+
+
+@server.command("reward")
+def serve_reward(
+    functions: Annotated[list[str], typer.Argument(help="file.py:function, pkg.mod:function or a built-in ...")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8100,
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the token; unset: one is made and shown.")
+    ] = "GNOMON_REWARD_TOKEN",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run the functions.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds of one call, where @reward names none.")] = 30.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Samples in one call of the functions.")] = 64,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Milliseconds that a sample waits for others.")] = 10.0,
+) -> None:
+    """Serve reward functions, for runs elsewhere."""
+    from engine import cluster
+    from engine.rewards.server import serve
+
+    serve(
+        cluster.reward_pool,
+        functions,
+        host=host,
+        port=port,
+        token_variable=token_env,
+        workers=workers,
+        timeout=timeout,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+    )
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from actors.reward_model import RewardModelActor, RewardModelGroup
 from actors.reward_pool import RewardPool
 from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, RolloutGroup, engine_environment
-from engine.config import Config, ModelRewardConfig, UserError
+from engine.config import Config, ModelRewardConfig, RewardsConfig, UserError
 from engine.roles import Sampling, Workers
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
@@ -194,6 +194,11 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
         started = ("rewards", "environments")
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
         yield crew.workers()
+
+
+def reward_pool(rewards: RewardsConfig) -> RewardPool:
+    """Processes that run reward functions outside of a run, without Ray; the caller starts and closes them."""
+    return RewardPool(rewards)
 
 
 class _Crew:

@@ -149,7 +149,7 @@ class RewardConfig(Section):
 
     function: Location
     """`pkg.mod:fn` or `file.py:fn`, or a built-in: exact, numeric, math, regex, choice, json_schema, xml_format,
-    length, repetition, language, instructions, reasoning_gym, code."""
+    length, repetition, language, instructions, reasoning_gym, code, remote."""
     arguments: dict[str, Any] = {}
     """What a built-in is told; where it is given for a function of your own, that is called with it and returns the
     reward function."""

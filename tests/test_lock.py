@@ -67,8 +67,8 @@ GPU = read_lock(ROOT / "requirements" / "gpu.txt")
 
 
 def test_both_locks_hold_everything_that_pyproject_asks_for() -> None:
-    assert [why for r in declared("cpu", "quickstart", "verifiers", "dev") if (why := unmet(r, CPU))] == []
-    assert [why for r in declared("gpu", "quickstart", "verifiers", "dev") if (why := unmet(r, GPU))] == []
+    assert [why for r in declared("cpu", "quickstart", "serve", "verifiers", "dev") if (why := unmet(r, CPU))] == []
+    assert [why for r in declared("gpu", "quickstart", "serve", "verifiers", "dev") if (why := unmet(r, GPU))] == []
 
 
 def test_a_gap_or_a_wrong_version_would_be_noticed() -> None:
@@ -91,7 +91,7 @@ def test_the_environment_is_the_one_in_the_lock() -> None:
 
 def closure() -> list[tuple[str, Requirement]]:
     """(who asks, for what): everything that pyproject asks for, directly or through others."""
-    found = [("pyproject", requirement) for requirement in declared("cpu", "quickstart", "verifiers", "dev")]
+    found = [("pyproject", requirement) for requirement in declared("cpu", "quickstart", "serve", "verifiers", "dev")]
     visited: set[tuple[str, frozenset[str]]] = set()
     for _, wanted in found:  # grows while it is walked
         name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)

@@ -53,6 +53,7 @@ BUILT_IN = {
     "reasoning_gym": "engine.rewards.verifiers:ReasoningGym",
     "instructions": "engine.rewards.instructions:Instructions",
     "code": "engine.rewards.code:Code",
+    "remote": "engine.rewards.remote:Remote",
 }
 """Rewards that are named without a module -> the class that is made with the entry's `arguments`."""
 _BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}

@@ -369,6 +369,7 @@ class TestBuiltIns:
     ARGUMENTS: ClassVar[dict[str, Any]] = {"regex": {"pattern": "a"}, "length": {"maximum": 3}} | {
         "json_schema": {"schema": {}},
         "language": {"language": "en"},
+        "remote": {"url": "http://127.0.0.1:1", "token_env": "PATH"},
     }
 
     @pytest.mark.parametrize("name", BUILT_IN)
