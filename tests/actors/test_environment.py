@@ -58,13 +58,13 @@ class NoStep:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "mine.py").write_text(FILE)
+    (tmp_path / "game.py").write_text(FILE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def actor(name: str, **settings: Any) -> EnvironmentActor:
-    made = EnvironmentActor(EnvironmentConfig(path=f"mine.py:{name}", **settings))
+    made = EnvironmentActor(EnvironmentConfig(path=f"game.py:{name}", **settings))
     made.start()
     return made
 
@@ -99,7 +99,7 @@ def test_what_belongs_to_an_event_loop_lives_from_reset_to_close(folder):
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("raise", "step(): ValueError: no such move (FOLDER/mine.py:"),
+        ("raise", "step(): ValueError: no such move (FOLDER/game.py:"),
         ("exit", "step(): SystemExit: 3"),
         ("timeout", "step(): TimeoutError: mine"),
         ("nothing", "step() returned None, not a Turn(messages, reward, done)"),
@@ -146,10 +146,10 @@ def test_a_process_in_which_too_much_hangs_ends_itself(monkeypatch):
 @pytest.mark.parametrize(
     ("path", "arguments", "says"),
     [
-        ("mine.py:NoStep", {}, "has no method 'step'"),
-        ("mine.py:Plain", {"colour": 1}, "environment.arguments: mine.py:Plain does not take them"),
+        ("game.py:NoStep", {}, "has no method 'step'"),
+        ("game.py:Plain", {"colour": 1}, "environment.arguments: game.py:Plain does not take them"),
         ("tool", {}, "must be pkg.mod:Class, path/file.py:Class or a built-in: tools"),
-        ("mine.py:Absent", {}, "mine.py has no 'Absent'"),
+        ("game.py:Absent", {}, "game.py has no 'Absent'"),
     ],
 )
 def test_what_is_no_environment_is_told_at_the_start(path, arguments, says):
