@@ -260,8 +260,8 @@ def judge(tests: dict[str, Any], solution: Solution, tell: Callable[[dict[str, A
             if not position:
                 exec(tests["setup"], names)
             check()
-        except BaseException as error:
-            tell({"passed": False, "why": f"{type(error).__name__}: {error}"[:200]})
+        except BaseException:
+            tell({"passed": False})
             if tests["stop"]:
                 return
         else:

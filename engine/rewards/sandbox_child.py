@@ -318,8 +318,8 @@ def keep(job: dict[str, Any], report: int) -> dict[str, Any]:
         os.close(stream)
     if failed := os.read(trouble, 4096):
         return {"failed": failed.decode()}
-    verdict, status, peak = watch(job, proc, child, started)
-    return {"verdict": verdict, "status": status, "seconds": time.monotonic() - started, "peak": peak}
+    verdict, status = watch(job, proc, child, started)
+    return {"verdict": verdict, "status": status, "seconds": time.monotonic() - started}
 
 
 def prefer_for_oom_kill(proc: int, score: str) -> str:
@@ -331,27 +331,27 @@ def prefer_for_oom_kill(proc: int, score: str) -> str:
     return before
 
 
-def watch(job: dict[str, Any], proc: int, child: int, started: float) -> tuple[str, int | None, int]:
-    """Wait for the program; the limit it passed or "", its wait status, and the most memory seen, in bytes."""
+def watch(job: dict[str, Any], proc: int, child: int, started: float) -> tuple[str, int | None]:
+    """Wait for the program; the limit it passed or "", and its wait status."""
     ended = select.poll()
     ended.register(os.pidfd_open(child), select.POLLIN)
-    peak, pause = 0, 5.0
+    pause = 5.0
     while True:
         left = started + job["seconds"] - time.monotonic()
         over = ended.poll(max(0.0, min(pause, left * 1000)))
         if over:
-            return "", os.waitpid(child, 0)[1], peak
+            return "", os.waitpid(child, 0)[1]
         reap_orphans(child)
         memory, cpu, count = usage(proc, os.getpid())
-        peak, pause = max(peak, memory), min(20.0, pause + 1)
+        pause = min(20.0, pause + 1)
         if memory > job["memory"]:
-            return "memory", None, peak
+            return "memory", None
         if cpu > job["cpu_seconds"]:
-            return "cpu", None, peak
+            return "cpu", None
         if count > job["processes"] + _OWN_PROCESSES:
-            return "processes", None, peak
+            return "processes", None
         if left <= 0:
-            return "timeout", None, peak
+            return "timeout", None
 
 
 def reap_orphans(child: int) -> None:
@@ -417,7 +417,7 @@ def launch(job: dict[str, Any], control: int) -> dict[str, Any]:
     if any(fd == answers for fd, _ in waiting.poll()):
         answered = os.read(answers, 65536)
     end_all(keeper)
-    return marshal.loads(answered) if answered else {"verdict": "stopped", "status": None, "seconds": 0.0, "peak": 0}
+    return marshal.loads(answered) if answered else {"verdict": "stopped", "status": None, "seconds": 0.0}
 
 
 def end_all(keeper: int) -> None:

@@ -190,9 +190,7 @@ class Batcher:
         self._threads.shutdown()
 
 
-def make_app(
-    pool: Pool, *, token: str, max_batch: int = 64, max_wait: float = 0.01, largest: int = LARGEST_REQUEST
-) -> Callable[..., Any]:
+def make_app(pool: Pool, *, token: str, max_batch: int, max_wait: float) -> Callable[..., Any]:
     """The ASGI application around a started pool, which it closes at its end.
 
     Args:
@@ -200,7 +198,6 @@ def make_app(
         token: that every request must carry.
         max_batch: samples in one call of the functions.
         max_wait: seconds that a sample waits for others.
-        largest: bytes of a request's body.
 
     Raises:
         UserError: fastapi is not installed.
@@ -224,13 +221,13 @@ def make_app(
             )
 
     async def body_of(request: Request) -> bytes:
-        too_large = HTTPException(413, f"a request may hold {largest} bytes; send fewer samples at a time")
-        if int(request.headers.get("Content-Length", 0)) > largest:
+        too_large = HTTPException(413, f"a request may hold {LARGEST_REQUEST} bytes; send fewer samples at a time")
+        if int(request.headers.get("Content-Length", 0)) > LARGEST_REQUEST:
             raise too_large
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > largest:
+            if len(body) > LARGEST_REQUEST:
                 raise too_large
         return bytes(body)
 
@@ -272,13 +269,13 @@ def serve(
     make_pool: Callable[[RewardsConfig], Pool],
     functions: Sequence[str],
     *,
-    host: str = "127.0.0.1",
-    port: int = 8100,
-    token_variable: str = "GNOMON_REWARD_TOKEN",
-    workers: int = 2,
-    timeout: float = 30.0,
-    max_batch: int = 64,
-    max_wait_ms: float = 10.0,
+    host: str,
+    port: int,
+    token_variable: str,
+    workers: int,
+    timeout: float,
+    max_batch: int,
+    max_wait_ms: float,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; prints the address, and the token where it makes one. For the main thread.
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,8 +172,6 @@ def test_a_server_that_fails_is_left_alone_until_a_trial_succeeds(shaky: str) ->
 
 
 def test_the_deadline_holds_whatever_the_server_does() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         [late] = ask(Remote(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5), sample("4"))
