@@ -309,8 +309,13 @@ def test_nobody_takes_more_than_the_limits(scene: Scene, name: str) -> None:
     assert len(outcome.stdout.encode()) + len(outcome.stderr.encode()) <= SMALL.output_bytes
 
 
+def test_not_even_the_names_of_folders_are_told() -> None:
+    for folder in ("/", "/usr", "/tmp/.."):
+        assert "PermissionError" in run_program(f"import os\nos.listdir({folder!r})").stderr
+
+
 def test_cpu_time_of_all_processes_counts_together(scene: Scene) -> None:
-    busy = "for _ in range(3): os.fork()\nwhile True: pass"
+    busy = "if os.fork(): time.sleep(60)\nfor _ in range(3): os.fork()\nwhile True: pass"
     limits = Limits(wall_seconds=20.0, cpu_seconds=1.0)
     assert run_hostile(scene, "burns CPU in eight processes", busy, limits).kind == "cpu"
 
