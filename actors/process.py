@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import random
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from engine.config import Config
+
+_DRAWN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,17 @@ def offloads(config: Config) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A free TCP port that the kernel gives to nobody: it must stay free until rank 0 listens, seconds later.
+
+    From 20,000, above the ports of Ray's workers, and outside of the range from which connections and `bind(0)` draw.
+    """
+    low, high = (int(bound) for bound in _DRAWN_PORTS.read_text().split()) if _DRAWN_PORTS.exists() else (32768, 60999)
+    ports = [port for port in range(20_000, 65_536) if not low <= port <= high] or range(20_000, 65_536)
+    for port in random.SystemRandom().sample(ports, min(100, len(ports))):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise RuntimeError(f"none of 100 TCP ports outside of {low}-{high} is free for a process group")
 
 
 def seed_everything(seed: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors import process
 from actors.packed_model import RAGGED_SDPA, attention_for
-from actors.process import backend_for, offloads
+from actors.process import backend_for, free_port, offloads
 from actors.rollout import engine_arguments, engine_environment
 from actors.trainer import deepspeed_config
 from engine.cluster import layout_of, roles_of, trainer_environment
@@ -128,3 +131,19 @@ def test_memory_is_left_to_others_only_where_roles_take_turns_on_a_gpu():
 def test_a_custom_device_is_what_bundles_ask_for():
     config = configure(placement={"device": "accel"}, rollout={"engines": 2})
     assert reserved(config) == {"CPU": 4.0, "accel": 3.0}
+
+
+def test_a_process_groups_port_is_one_that_the_kernel_hands_to_nobody() -> None:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not any(low <= free_port() <= high for _ in range(50))
+
+
+def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        monkeypatch.setattr(process, "range", lambda *_: range(port, port + 1), raising=False)
+        monkeypatch.setattr(process, "_DRAWN_PORTS", tmp_path / "absent")
+        with pytest.raises(RuntimeError, match="is free"):
+            free_port()

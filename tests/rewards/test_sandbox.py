@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -412,10 +413,15 @@ def test_no_process_thread_or_descriptor_is_left_in_the_caller() -> None:
     def held() -> tuple[int, int, int]:
         return me.num_fds(), len(me.children(recursive=True)), threading.active_count()
 
-    before = held()
-    for program in ("print(1)", "while True: pass", "print('x' * 10**6)"):
-        run_program(program, limits=SMALL)
-    assert held() == before
+    gc.collect()  # what earlier tests left behind must not go in between
+    gc.disable()
+    try:
+        before = held()
+        for program in ("print(1)", "while True: pass", "print('x' * 10**6)"):
+            run_program(program, limits=SMALL)
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 def test_more_stdin_than_a_pipe_holds_arrives_whole_and_unread_stdin_does_not_block() -> None:
