@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import ray
@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.critic import CriticActor, CriticGroup, critic_config
 from actors.environment import EnvironmentActor
 from actors.group import ActorError, Slots, Turns, WorkerGroup, rendezvous, start_all
+from actors.model_server import ModelServerActor
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
@@ -28,7 +29,7 @@ from actors.reward_model import RewardModelActor, RewardModelGroup
 from actors.reward_pool import RewardPool
 from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, RolloutGroup, engine_environment
-from engine.config import Config, ModelRewardConfig, RewardsConfig, UserError
+from engine.config import Config, DeviceRole, ModelRewardConfig, RewardsConfig, ServerConfig, UserError
 from engine.roles import Sampling, Workers
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
@@ -53,6 +54,7 @@ def roles_of(config: Config) -> list[Role]:
         roles.append(model("reference", config.reference.ranks))
     if config.generates:
         roles += [model(_scorer(source), source.ranks) for source in config.rewards.models]
+        roles += [model(_server(source), 1) for source in config.rewards.servers]
         roles.append(model("rollout", config.rollout.engines))
         if config.environment is not None:
             roles.append(Role("environments", config.environment.workers, cpus, on_device=False))
@@ -67,7 +69,7 @@ def layout_of(config: Config) -> Layout:
     scorers = [_scorer(source) for source in config.rewards.models]
     groups = [
         [name for role in group for name in (scorers if role == "reward_model" else [role])]
-        for group in placement.groups
+        for group in placement.groups or [list(get_args(DeviceRole))]  # a model server never leaves its device
     ]
     device = placement.device or ("GPU" if config.device == "cuda" else None)
     return lay_out(roles_of(config), mode=placement.mode, groups=groups, device=device)
@@ -75,6 +77,10 @@ def layout_of(config: Config) -> Layout:
 
 def _scorer(source: ModelRewardConfig) -> str:
     return f"reward_model/{source.name}"
+
+
+def _server(source: ServerConfig) -> str:
+    return f"server/{source.name}"
 
 
 @contextlib.contextmanager
@@ -166,8 +172,9 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
     with contextlib.ExitStack() as stack:
         crew = _Crew(config, stack.enter_context(_placed(config)), stack)
         if "rewards" in crew.slots:
-            crew.make("rewards", RewardPool, [(config.rewards,)], {"OMP_NUM_THREADS": "1"}, concurrency=256)
-            stack.callback(_close_pool, crew.groups["rewards"])
+            env = {"OMP_NUM_THREADS": "1"} | _started_servers(crew, stack)
+            crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=256)
+            stack.callback(_close, crew.groups["rewards"])
             start_all([crew.groups["rewards"]], config.timeouts.start)
         if config.environment is not None and "environments" in crew.slots:
             own = [(config.environment,)] * config.environment.workers
@@ -191,7 +198,7 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
         for source in config.rewards.models if config.generates else []:
             env = trainer_environment(config.device, source.threads)
             crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env)
-        started = ("rewards", "environments")
+        started = ("rewards", "environments", *map(_server, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
         yield crew.workers()
 
@@ -300,9 +307,22 @@ def _shown(bundles: Sequence[Mapping[str, float]]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sums.items()) or "nothing"
 
 
-def _close_pool(pool: WorkerGroup) -> None:
+def _started_servers(crew: _Crew, stack: contextlib.ExitStack) -> dict[str, str]:
+    """Start `rewards.servers`; the variables in which the reward functions find them."""
+    config, found = crew.config, dict[str, str]()
+    for server in config.rewards.servers:
+        crew.make(_server(server), ModelServerActor, [(config, server)], {})
+        stack.callback(_close, crew.groups[_server(server)])
+    start_all([crew.groups[_server(server)] for server in config.rewards.servers], config.timeouts.start)
+    for server in config.rewards.servers:
+        [(url, key)] = crew.groups[_server(server)].call("address", timeout_s=config.timeouts.start)
+        found |= {f"GNOMON_SERVER_{server.name.upper()}_URL": url, f"GNOMON_SERVER_{server.name.upper()}_KEY": key}
+    return found
+
+
+def _close(group: WorkerGroup) -> None:
     with contextlib.suppress(ActorError):  # it is killed next
-        pool.call("close", timeout_s=CLOSE_TIMEOUT_S)
+        group.call("close", timeout_s=CLOSE_TIMEOUT_S)
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -149,7 +149,7 @@ class RewardConfig(Section):
 
     function: Location
     """`pkg.mod:fn` or `file.py:fn`, or a built-in: exact, numeric, math, regex, choice, json_schema, xml_format,
-    length, repetition, language, instructions, reasoning_gym, code, remote."""
+    length, repetition, language, instructions, reasoning_gym, code, remote, judge, generative_verifier."""
     arguments: dict[str, Any] = {}
     """What a built-in is told; where it is given for a function of your own, that is called with it and returns the
     reward function."""
@@ -167,6 +167,10 @@ class RewardConfig(Section):
     """Bounds of the values, `[low, high]`."""
     normalize: Normalization | None = None
     """As `rewards.normalize`, for this component."""
+
+
+ASKING = ("judge", "generative_verifier")
+"""Built-in rewards that ask a language model."""
 
 
 def _from_function(value: Any) -> Any:
@@ -194,6 +198,21 @@ class ModelRewardConfig(Section):
     """CPU threads of each process."""
 
 
+class ServerConfig(Section):
+    """A frozen language model that judges and verifiers ask; a vLLM server, started and ended with the run."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """What the entry's `arguments: {server: NAME}` says."""
+    path: Location
+    """Folder or Hub name, or `stage:NAME`; with a chat template."""
+    max_model_len: Count = 4096
+    """Most tokens of a question and its answer together."""
+    kv_cache_gib: Positive = 1.0
+    """Memory for keys and values."""
+    threads: Count = 1
+    """CPU threads."""
+
+
 class RewardsConfig(Section):
     """Reward functions and the processes that run them; reward models."""
 
@@ -202,6 +221,8 @@ class RewardsConfig(Section):
     for `rl`; elsewhere they score held-out answers."""
     models: list[Annotated[ModelRewardConfig, BeforeValidator(_from_path)]] = []
     """Frozen reward models."""
+    servers: list[ServerConfig] = []
+    """Language models for `judge` and `generative_verifier`."""
     normalize: Normalization = "none"
     """Before the weights: each component by its running mean and deviation, or by those of its group (GDPO,
     arXiv:2601.05242), or not at all."""
@@ -785,6 +806,9 @@ class Config(Section):
         rollout = self.rollout
         prompt_limit = self.data.max_prompt_tokens or 1
         names = [f.name or f.function for f in self.rewards.functions] + [m.name for m in self.rewards.models]
+        servers = [server.name for server in self.rewards.servers]
+        asked = [f.arguments.get("server") for f in self.rewards.functions if f.function in ASKING]
+        unknown = [name for name in asked if name is not None and name not in servers]
         return [
             (
                 rollout.max_new_tokens >= rollout.max_model_len,
@@ -809,6 +833,14 @@ class Config(Section):
             (
                 len(set(names)) < len(names),
                 "rewards: two components have the same name; give each its own `name`",
+            ),
+            (
+                len(set(servers)) < len(servers),
+                "rewards.servers: two have the same name; give each its own `name`",
+            ),
+            (
+                bool(unknown),
+                f"rewards.functions: server {unknown[:1]} is none of rewards.servers ({', '.join(servers) or 'empty'})",
             ),
         ]
 
@@ -948,17 +980,19 @@ class Config(Section):
         if self.stage == "rl" and self.algorithm.needs_critic:
             paths["critic.path"] = self.critic.path
         paths |= {f"rewards.models.{i}.path": source.path for i, source in enumerate(self.rewards.models)}
+        paths |= {f"rewards.servers.{i}.path": server.path for i, server in enumerate(self.rewards.servers)}
         return {key: path for key, path in paths.items() if path}
 
     def with_model_paths(self, change: Callable[[str], str]) -> Config:
         """The same with every model's path, whichever stage reads it, changed so."""
         models = [source.model_copy(update={"path": change(source.path)}) for source in self.rewards.models]
+        servers = [server.model_copy(update={"path": change(server.path)}) for server in self.rewards.servers]
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update={"path": change(self.model.path)}),
                 "distill": self.distill.model_copy(update={"teacher": change(self.distill.teacher)}),
                 "critic": self.critic.model_copy(update={"path": change(self.critic.path)}),
-                "rewards": self.rewards.model_copy(update={"models": models}),
+                "rewards": self.rewards.model_copy(update={"models": models, "servers": servers}),
             }
         )
 

@@ -83,6 +83,8 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     for key, path in config.model_paths.items():
         if key == "critic.path" or key.startswith("rewards.models"):
             _check_reward_model(config, key, path, tokenizer, made=key not in unmade)
+        if key.startswith("rewards.servers") and not load_tokenizer(config, path=path, key=key).chat_template:
+            raise UserError(f"{key}: {path} has no chat template, which a judge is asked with; take a chat model")
     plan = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)(config, tokenizer)
     cutter = StepCutter(tokenizer, config.rewards.steps) if config.rewards.steps else None
     return replace(plan, cutter=cutter, components=components)

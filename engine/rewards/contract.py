@@ -54,6 +54,8 @@ BUILT_IN = {
     "instructions": "engine.rewards.instructions:Instructions",
     "code": "engine.rewards.code:Code",
     "remote": "engine.rewards.remote:Remote",
+    "judge": "engine.rewards.judge:Judge",
+    "generative_verifier": "engine.rewards.judge:GenerativeVerifier",
 }
 """Rewards that are named without a module -> the class that is made with the entry's `arguments`."""
 _BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}

@@ -11,8 +11,6 @@ has a connection of its own: a reward call may live in an event loop of its own,
 from __future__ import annotations
 
 import asyncio
-import functools
-import ipaddress
 import json
 import os
 import random
@@ -27,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from engine.config import UserError
 from engine.rewards.contract import Sample
+from engine.rewards.http import certificates, checked_url, is_loopback
 
 FIRST_BACKOFF = 0.25
 """Seconds, at most, before the first repetition; doubled each time."""
@@ -126,13 +125,12 @@ class Remote:
         """Check the arguments.
 
         Raises:
-            UserError: one has no sensible value, the token's variable is not set, or httpx is not installed.
+            UserError: one has no sensible value, or the token's variable is not set.
         """
         try:
-            import httpx  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"remote: needs httpx ({error}); pip install httpx") from None
-        object.__setattr__(self, "url", _checked_url(self.url))
+            object.__setattr__(self, "url", checked_url(self.url))
+        except UserError as error:
+            raise UserError(f"remote: {error}") from None
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.token_env):
             raise UserError("remote: token_env must be the name of an environment variable, not the token itself")
         for name in ("timeout", "open_seconds"):
@@ -199,7 +197,7 @@ class Remote:
         try:
             async with (
                 asyncio.timeout(seconds),
-                httpx.AsyncClient(verify=_certificates(), timeout=None, trust_env=not _is_loopback(self.url)) as client,
+                httpx.AsyncClient(verify=certificates(), timeout=None, trust_env=not is_loopback(self.url)) as client,
             ):
                 response = await client.post(f"{self.url}/score", content=body, headers=headers)
         except TimeoutError:
@@ -275,41 +273,3 @@ def _outcome(reward: Reward) -> float | None:
     if isinstance(reward, list):
         return sum(reward) if reward else None
     return reward
-
-
-@functools.cache
-def _certificates() -> Any:
-    """Takes tens of milliseconds to load: once for a process."""
-    import httpx
-
-    return httpx.create_ssl_context()
-
-
-def _checked_url(url: str) -> str:
-    """Without a slash at the end.
-
-    Raises:
-        UserError: it is no http address, or carries a password or parameters, which would be shown with it.
-    """
-    import httpx
-
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        raise UserError("remote: url must be an address such as http://host:8100") from None
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise UserError("remote: url must hold no user, password or parameters; the token goes into the variable")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"remote: url={url!r} must begin with http:// or https://, as in http://host:8100")
-    return url.rstrip("/")
-
-
-def _is_loopback(url: str) -> bool:
-    """What runs on this host is not asked for through a proxy."""
-    import httpx
-
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

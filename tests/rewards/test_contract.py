@@ -370,6 +370,8 @@ class TestBuiltIns:
         "json_schema": {"schema": {}},
         "language": {"language": "en"},
         "remote": {"url": "http://127.0.0.1:1", "token_env": "PATH"},
+        "judge": {"url": "http://127.0.0.1:1/v1", "model": "m"},
+        "generative_verifier": {"url": "http://127.0.0.1:1/v1", "model": "m"},
     }
 
     @pytest.mark.parametrize("name", BUILT_IN)
