@@ -840,7 +840,8 @@ class Config(Section):
             ),
             (
                 bool(unknown),
-                f"rewards.functions: server {unknown[:1]} is none of rewards.servers ({', '.join(servers) or 'empty'})",
+                f"rewards.functions: server {', '.join(map(repr, unknown))} is none of rewards.servers "
+                f"({', '.join(servers) or 'empty'})",
             ),
         ]
 

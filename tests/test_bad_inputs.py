@@ -102,6 +102,12 @@ def two_mistakes(run: Run) -> None:
     run.set("seed", -1)
 
 
+def server_without_template(run: Run) -> None:
+    model = shutil.copytree(run.raw["model"]["path"], run.folder / "judge")
+    (model / "chat_template.jinja").unlink()
+    run.set("rewards.servers", [{"name": "ref", "path": str(model)}])
+
+
 def too_long_for_the_model(run: Run) -> None:
     run.set("rollout.max_model_len", 512)
     run.set("policy.tokens_per_microbatch", 512)
@@ -186,6 +192,11 @@ CASES = [
     case("groups without sharing", lambda r: r.set("placement.groups", [["policy", "rollout"]]), "placement.groups: "),
     case("no reward model there", lambda r: r.set("rewards.models", [str(r.folder)]), "rewards.models.0.path: ",
          "has no reward_model.json"),
+    case("unknown server",
+         lambda r: r.set("rewards.functions", [{"function": "judge", "arguments": {"server": "ref"}}]), "server 'ref' is none of rewards.servers (empty)"),
+    case("a server named twice", lambda r: r.set("rewards.servers", [{"name": "ref", "path": "m"}] * 2),
+         "rewards.servers: two have the same name"),
+    case("a server without a chat template", server_without_template, "rewards.servers.0.path: ", "no chat template"),
     case("NaN", lambda r: r.set("optimizer.learning_rate", float("nan")), "optimizer.learning_rate: ", "got nan"),
     case("required section missing", lambda r: r.raw.pop("data"), "run.yaml: data: is required", "Rows"),
     case("two mistakes", two_mistakes, "rl.steps: ", "got 0", "seed: ", "got -1"),
