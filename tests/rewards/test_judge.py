@@ -139,6 +139,24 @@ def test_a_response_cannot_close_its_own_marks() -> None:
     assert block(server.bodies[0], "response") == hostile
 
 
+def test_marks_depend_on_what_stands_between_them() -> None:
+    with scripted(lambda body: completion("1", {"1": 1.0})) as server:
+        judge = Judge(url=server.url, model="m")
+        for response in ("one", "two", "one"):
+            run(judge, sample(response))
+    marks = [re.findall(r"\[end response (\w+)\]", last(body))[0] for body in server.bodies]
+    assert marks[0] == marks[2] != marks[1]
+
+
+def test_only_the_reasoning_is_sampled_where_probabilities_are_told() -> None:
+    def answer(body: dict[str, Any]) -> Answer:
+        return completion("5", {"5": 1.0}) if "logprobs" in body else completion("because")
+
+    with scripted(answer) as server:
+        run(Judge(url=server.url, model="m", samples=2, temperature=0.7, max_tokens=9), sample())
+    assert sorted(body["temperature"] for body in server.bodies) == [0, 0, 0.7, 0.7]
+
+
 def test_messages_are_shown_as_messages_and_of_an_episode_everything() -> None:
     asked = Sample(
         id=1,
