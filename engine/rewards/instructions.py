@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from engine.config import UserError
 from engine.rewards.contract import Sample
-from engine.rewards.verifiers import detect_language, is_language, known_languages
+from engine.rewards.language import detect_language, is_language, known_languages
 
 Arguments = Mapping[str, Any]
 

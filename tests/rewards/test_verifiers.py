@@ -13,21 +13,13 @@ from typing import Any
 import pytest
 
 from engine.config import RewardConfig, RewardsConfig, UserError
-from engine.rewards import verifiers
+from engine.rewards import checks, mathematics, procedural
+from engine.rewards.answers import Choice, Exact, JsonSchema, Numeric, Regex
 from engine.rewards.contract import Row, Sample, resolve
-from engine.rewards.verifiers import (
-    Choice,
-    Exact,
-    JsonSchema,
-    Length,
-    Math,
-    Numeric,
-    ReasoningGym,
-    Regex,
-    Repetition,
-    XmlFormat,
-    reasoning_gym_rows,
-)
+from engine.rewards.form import Length, Repetition, XmlFormat
+from engine.rewards.language import Language
+from engine.rewards.mathematics import Math
+from engine.rewards.procedural import ReasoningGym, reasoning_gym_rows
 
 SCHEMA = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}
 UNANSWERED = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
@@ -227,9 +219,9 @@ def test_the_first_tag_may_have_been_opened_by_the_prompt() -> None:
 )
 def test_the_language_of_a_response_is_recognised(language: str, text: str) -> None:
     pytest.importorskip("langdetect")
-    assert verifiers.Language(language=language)(sample(text)) == 1
-    assert verifiers.Language(column="to")(sample(text, to="it")) == 0
-    assert verifiers.Language(language=language)(sample("12 + 4")) == 0
+    assert Language(language=language)(sample(text)) == 1
+    assert Language(column="to")(sample(text, to="it")) == 0
+    assert Language(language=language)(sample("12 + 4")) == 0
 
 
 @pytest.mark.parametrize(
@@ -279,7 +271,7 @@ def test_a_comparison_that_takes_too_long_ends_with_an_error_in_any_thread(monke
 
 def test_a_deadline_that_is_met_leaves_nothing_behind() -> None:
     before = threading.active_count()
-    assert [verifiers._within(0.05, partial(sum, [n])) for n in range(20)] == list(range(20))
+    assert [mathematics._within(0.05, partial(sum, [n])) for n in range(20)] == list(range(20))
     threading.Event().wait(0.1)  # no interrupt strikes later
     assert threading.active_count() <= before
 
@@ -324,7 +316,7 @@ def test_a_reasoning_gym_answer_can_be_extracted() -> None:
 
 @pytest.mark.parametrize(
     "task",
-    sorted(verifiers._EVALUATES_LITERALS | verifiers._EVALUATES_EXPRESSIONS),
+    sorted(procedural._EVALUATES_LITERALS | procedural._EVALUATES_EXPRESSIONS),
 )
 def test_a_response_is_never_run_as_code_by_a_task_that_evaluates_it(task: str, tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
@@ -411,15 +403,15 @@ def test_a_task_or_setting_that_reasoning_gym_lacks_is_refused(arguments: dict[s
 def test_an_unknown_language_is_refused() -> None:
     pytest.importorskip("langdetect")
     with pytest.raises(UserError, match="language='english': must be one of af, ar"):
-        verifiers.Language(language="english")
+        Language(language="english")
     with pytest.raises(ValueError, match="names no known language: 'xx'"):
-        verifiers.Language(column="to")(sample("text", to="xx"))
+        Language(column="to")(sample("text", to="xx"))
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(verifiers.importlib, "import_module", missing)
+    monkeypatch.setattr(checks.importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"reward math: needs the package math-verify; .* pip install math-verify"):
         Math()
