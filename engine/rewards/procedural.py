@@ -23,8 +23,8 @@ _EVALUATES_EXPRESSIONS = {
     "countdown",
 }
 _FUNCTIONS = {
-    "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt",
-    "Abs",
+    "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln",
+    "sqrt", "Abs",
 }  # fmt: skip
 
 
