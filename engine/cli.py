@@ -43,14 +43,14 @@ def run(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an `rl` run.")]) -> None:
-    """Show how a run's rewards moved with the KL, and which of them were over-optimised."""
+    """Show how a run's rewards moved with the KL, which of them were over-optimised, and the alarms it had."""
     from rich.console import Console
 
     from engine.tracking.report import reward_report
 
     table, sentences = reward_report(folder)
     Console().print(table)
-    print("\n".join(sentences) or "no reward fell while the total rose")
+    print("\n".join(sentences) or "no reward fell while the total rose, and no alarm")
 
 
 @app.command()

@@ -64,7 +64,7 @@ class Composition:
         self._seen: dict[str, list[float]] = {}
 
     def compose(self, groups: Sequence[Scores], *, learn: bool) -> list[Scores]:
-        """The groups with `totals` and `step_rewards`.
+        """The groups with `totals`, `raw_totals` and `step_rewards`.
 
         Without `learn` nothing is normalised and no statistic moves, so that evaluations can be compared.
         A sample that nobody has an opinion on is dropped as "no_reward", one whose sum is no 32-bit float as
@@ -75,27 +75,29 @@ class Composition:
         cuts = np.cumsum(sizes)[:-1]
         dropped_B = np.concatenate([np.isin(np.arange(s.size), list(s.dropped)) for s in groups])
         clipped = {c.name: [_clipped(s, c) for s in groups] for c in self.components}
-        raw = {name: np.concatenate([values for values, _ in parts]) for name, parts in clipped.items()}
+        by_name = {name: np.concatenate([values for values, _ in parts]) for name, parts in clipped.items()}
         closed_B = np.zeros(len(group_ids), bool)
         for component in self.components:
             if component.gate:
-                closed_B |= raw[component.name] <= 0
-        totals_B, opinions_B = np.zeros(len(group_ids)), np.zeros(len(group_ids), bool)
+                closed_B |= by_name[component.name] <= 0
+        totals_B, raw_B = np.zeros(len(group_ids)), np.zeros(len(group_ids))
+        opinions_B = np.zeros(len(group_ids), bool)
         steps: list[list[np.ndarray | None]] = [[None] * size for size in sizes]
         for component in self.components:
-            values_B = raw[component.name]
+            values_B = by_name[component.name]
             shut_B = closed_B & ~np.isnan(values_B) & (not component.gate)
             values_B = np.where(shut_B, 0.0, values_B)
             usable_B = ~np.isnan(values_B) & ~dropped_B
             scaled_B, scale_B = self._normalized(component, values_B, usable_B, group_ids, learn)
             opinions_B |= ~np.isnan(values_B)
             totals_B += component.weight * np.nan_to_num(scaled_B)
+            raw_B += component.weight * np.nan_to_num(values_B)
             factors_B = np.where(shut_B, 0.0, component.weight / scale_B)
             parts = [held for _, held in clipped[component.name]]
             for collected, held, factors in zip(steps, parts, np.split(factors_B, cuts), strict=True):
                 _add_steps(collected, held, factors)
-        results = zip(groups, np.split(totals_B, cuts), np.split(opinions_B, cuts), steps, strict=True)
-        return [_finished(scores, totals, opinions, held) for scores, totals, opinions, held in results]
+        per_group = [np.split(values_B, cuts) for values_B in (totals_B, raw_B, opinions_B)]
+        return [_finished(*held) for held in zip(groups, *per_group, steps, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics: name -> [count, mean, sum of squared differences]."""
@@ -153,12 +155,15 @@ def _add_steps(collected: list[np.ndarray | None], held: list[np.ndarray | None]
             collected[i] = factor * steps + (0.0 if before is None else before)
 
 
-def _finished(scores: Scores, totals: np.ndarray, opinions: np.ndarray, steps: list[np.ndarray | None]) -> Scores:
+def _finished(
+    scores: Scores, totals: np.ndarray, raw: np.ndarray, opinions: np.ndarray, steps: list[np.ndarray | None]
+) -> Scores:
     dropped = dict(scores.dropped)
     for position in range(scores.size):
         if not opinions[position]:
             dropped.setdefault(position, NO_REWARD)
-        elif not abs(totals[position]) <= FLOAT32_MAX:
+        elif not max(abs(totals[position]), abs(raw[position])) <= FLOAT32_MAX:
             dropped.setdefault(position, "reward_overflow")
-    totals_B = np.where(np.isin(np.arange(scores.size), list(dropped)), np.nan, totals).astype(np.float32)
-    return replace(scores, totals=totals_B, dropped=dict(sorted(dropped.items())), step_rewards=steps)
+    missing_B = np.isin(np.arange(scores.size), list(dropped))
+    totals_B, raw_B = (np.where(missing_B, np.nan, values).astype(np.float32) for values in (totals, raw))
+    return replace(scores, totals=totals_B, raw_totals=raw_B, dropped=dict(sorted(dropped.items())), step_rewards=steps)

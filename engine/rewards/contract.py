@@ -112,6 +112,8 @@ class Scores:
     """name -> for each sample [steps] float64, where a component gave one value per step; else None."""
     step_rewards: list[np.ndarray | None] = field(default_factory=list)
     """For each sample [steps] float64: the part of its total that belongs to its steps; None where there is none."""
+    raw_totals: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """[B] float32: the totals without any normalisation, comparable over time; empty before they are composed."""
 
     @staticmethod
     def without_opinion(count: int) -> Scores:

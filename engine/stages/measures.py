@@ -13,9 +13,9 @@ from engine.stages.experience import Group
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float]:
-    """`reward/...` and `rollout/...` of all groups that a step has drawn."""
+    """`reward/...` and `rollout/...` of all groups that a step has drawn; rewards before any normalisation."""
     generations = [g for group in groups for g in group.generations]
-    totals = np.concatenate([group.scores.totals[group.kept()] for group in groups])
+    totals = np.concatenate([group.scores.raw_totals[group.kept()] for group in groups])
     lengths_B = said_tokens(generations)
     metrics = {
         "reward/groups_without_signal": float(np.mean([not group.differs() for group in groups])),

@@ -18,7 +18,7 @@ import torch
 
 from engine.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
 from engine.algorithms.values import explained_variance
-from engine.config import AlgorithmConfig, Config
+from engine.config import ASKING, AlgorithmConfig, Config
 from engine.data.batch import Batch
 from engine.data.prompts import Prompt
 from engine.data.sampler import RowSampler
@@ -31,6 +31,7 @@ from engine.stages.experience import Group, RewardScheme, collect_groups, no_rew
 from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
 from engine.stages.measures import measures
+from engine.tracking.alarms import RewardAlarms
 from engine.tracking.tracker import Tracker
 
 FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -62,6 +63,7 @@ class RLStage:
         self.settings = SamplingSettings(
             config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
         )
+        self.alarms = alarms_of(config, plan)
         self.watch = Stopwatch()
 
     def begin(self, step: int) -> None:
@@ -82,25 +84,31 @@ class RLStage:
         if metrics.get("policy/updates", 0) > 0:
             metrics |= self.sampling.rollouts.publish(step)
         self._record(step, drawn)
+        for alarm in self.alarms.step(metrics):
+            self.tracker.alarm(step, alarm)
         return metrics | self.watch.lap()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Rewards of answers to held-out prompts."""
         if not self.held_out_prompts:
             return {}
-        return evaluate_answers(self.config, self.sampling, self.tracker, self.scheme, self.held_out_prompts)
+        metrics = evaluate_answers(self.config, self.sampling, self.tracker, self.scheme, self.held_out_prompts)
+        for alarm in self.alarms.evaluation(metrics):
+            self.tracker.alarm(step, alarm)
+        return metrics
 
     def save(self, folder: Path) -> None:
         """Write the policy."""
         self.policy.save(folder)
 
     def state(self) -> dict[str, Any]:
-        """Order of prompts, account of samples, weight of the KL, statistics of the rewards."""
+        """Order of prompts, account of samples, weight of the KL, statistics of the rewards, memory of the alarms."""
         return {
             "sampler": self.sampler.state_dict(),
             "ledger": self.ledger.state_dict(),
             "kl_coef": self.kl.value,
             "rewards": self.scheme.composition.state_dict(),
+            "alarms": self.alarms.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -109,6 +117,7 @@ class RLStage:
         self.ledger.load_state_dict(state["ledger"])
         self.kl.value = state["kl_coef"]
         self.scheme.composition.load_state_dict(state["rewards"])
+        self.alarms.load_state_dict(state["alarms"])
 
     def _rollout(self, step: int) -> tuple[list[Group], list[Group]]:
         """A step's groups, generated and scored: all that were drawn, and those that are to be trained.
@@ -266,6 +275,15 @@ class RLStage:
             for i, generation in enumerate(group.generations)
         ]
         self.tracker.samples(step, rows[: self.config.tracking.samples_per_step])
+
+
+def alarms_of(config: Config, plan: Plan) -> RewardAlarms:
+    """The alarms of a run's components."""
+    models = {model.name for model in config.rewards.models}
+    asking = zip(plan.components, config.rewards.functions, strict=False)  # functions come first
+    judges = models | {component.name for component, entry in asking if entry.function in ASKING}
+    weights = {component.name: component.weight for component in plan.components}
+    return RewardAlarms(weights, judges)
 
 
 def kl_controller(algorithm: AlgorithmConfig) -> FixedKL | AdaptiveKL:

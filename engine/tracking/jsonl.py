@@ -64,6 +64,12 @@ def end_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file; none of a missing one."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [row for line in lines if (row := parse(line)) is not None]
+
+
 def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a file, whole or not at all, with the wanted rows as they were; returns the number of lines dropped.
 

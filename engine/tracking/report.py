@@ -1,4 +1,4 @@
-"""How the rewards of a run moved with the KL to the starting policy, and which of them were over-optimised.
+"""How the rewards of a run moved with the KL to the starting policy, which were over-optimised, and what alarms it had.
 
 Optimising one reward (a reward model, the proxy) for long makes another that is only measured (the gold) rise, then
 fall: Gao et al. 2022 (arXiv:2210.10760) draw both over the square root of the KL. This is that picture as a table, of
@@ -14,8 +14,8 @@ import numpy as np
 from rich.table import Table
 
 from engine.config import UserError
-from engine.tracking.jsonl import parse
-from engine.tracking.run_folder import METRICS
+from engine.tracking.jsonl import read_rows
+from engine.tracking.run_folder import EVENTS, METRICS
 
 PARTS = 10
 """Rows of the table."""
@@ -43,9 +43,7 @@ def reward_parts(run_dir: Path) -> list[Part]:
     Raises:
         UserError: the folder holds no steps of an RL run.
     """
-    file = run_dir / METRICS
-    rows = [row for line in (file.read_bytes().splitlines() if file.is_file() else []) if (row := parse(line))]
-    rows = [row for row in rows if row.get("reward/mean") is not None]
+    rows = [row for row in read_rows(run_dir / METRICS) if row.get("reward/mean") is not None]
     if len(rows) < 2:
         raise UserError(f"{run_dir}: holds no steps of a run with rewards; give the folder of an `rl` stage")
     names = {"reward/mean": TOTAL} | {
@@ -83,7 +81,7 @@ def over_optimised(parts: list[Part]) -> dict[str, Part]:
 
 
 def reward_report(run_dir: Path) -> tuple[Table, list[str]]:
-    """The table, and a sentence for each reward that was over-optimised."""
+    """The table, and a sentence for each reward that was over-optimised and each alarm."""
     parts = reward_parts(run_dir)
     table = Table("steps", "sqrt(KL)", *parts[-1].means)
     for part in parts:
@@ -97,7 +95,13 @@ def reward_report(run_dir: Path) -> tuple[Table, list[str]]:
         f"rose from {best.means[TOTAL]:.3f} to {parts[-1].means[TOTAL]:.3f}"
         for name, best in over_optimised(parts).items()
     ]
-    return table, sentences
+    return table, sentences + _alarms(run_dir)
+
+
+def _alarms(run_dir: Path) -> list[str]:
+    """What the run's alarms said."""
+    alarms = [event for event in read_rows(run_dir / EVENTS) if event["kind"] == "alarm"]
+    return [f"alarm {alarm['alarm']}, step {alarm['step']}: {alarm['text']}" for alarm in alarms]
 
 
 def _root(kl: float) -> str:

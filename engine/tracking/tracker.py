@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from engine.config import Config, UserError
+from engine.tracking.alarms import Alarm
 from engine.tracking.events import EventLog, last_wandb_id
 from engine.tracking.jsonl import JsonLines, replace_file
 from engine.tracking.metrics import MetricsLog, drop_later_metrics
@@ -94,6 +95,13 @@ class Tracker:
         """Tell a person something, above a live bar if there is one, and record it as an event; secrets masked."""
         print(redact(text), flush=True)
         self.event("note", text=text)
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Tell a person that something is wrong with the run: on the console, as an event, as an alert of wandb."""
+        print(redact(f"ALARM {alarm.kind}, step {step}: {alarm.message}"), flush=True)
+        self.event("alarm", step=step, alarm=alarm.kind, subject=alarm.subject, text=alarm.message)
+        if not self.wandb.alert(alarm.kind, f"step {step}: {alarm.message}"):
+            self.event("alert_not_sent", step=step, alarm=alarm.kind)
 
     def close(self, status: str) -> None:
         """Record how the run ended ('succeeded', 'failed', 'interrupted'), close every file, finish wandb.

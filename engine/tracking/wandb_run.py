@@ -98,6 +98,16 @@ class WandbRun:
         if self._run:
             self._run.log({key: value for key, value in plain(dict(metrics)).items() if value is not None}, step=step)
 
+    def alert(self, title: str, text: str) -> bool:
+        """Send an alert (to mail or Slack, as the user has chosen there); False where wandb could not."""
+        if self._run is None:
+            return True
+        try:
+            self._run.alert(redact(title), redact(text), level="WARN")
+        except Exception:  # a run does not end because nobody could be told
+            return False
+        return True
+
     def close(self, exit_code: int) -> None:
         """Finish the run: exit code 0 marks it finished, any other failed. A second call does nothing."""
         run, self._run = self._run, None

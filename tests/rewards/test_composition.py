@@ -106,6 +106,16 @@ def test_an_evaluation_is_not_normalised_and_moves_no_statistic():
     assert composition.state_dict() == before
 
 
+@pytest.mark.parametrize("normalize", ["none", "group", "running"])
+def test_raw_totals_are_those_without_normalisation_but_with_clips_gates_and_weights(normalize):
+    gate = Component("g", 0.5, gate=True)
+    parts = [gate, Component("a", 2.0, clip=(-1, 1), normalize=normalize), Component("b", normalize=normalize)]
+    given = scores({3: "reward_error"}, g=[1, 0, 1, 1], a=[5, 5, -5, 0], b=[NAN, 4, 3, 0])
+    [composed] = Composition(parts).compose([given], learn=True)
+    np.testing.assert_array_equal(composed.raw_totals, [2.5, 0, 1.5, NAN])
+    assert (normalize == "none") == np.array_equal(composed.raw_totals, composed.totals, equal_nan=True)
+
+
 def test_a_resumed_composition_goes_on_with_its_statistics():
     parts = [Component("a", normalize="running")]
     whole, first, second = (Composition(parts) for _ in range(3))

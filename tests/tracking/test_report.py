@@ -140,3 +140,10 @@ def test_a_folder_without_steps_of_an_rl_run_is_told(tmp_path, rows):
     with pytest.raises(UserError) as caught:
         reward_report(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: holds no steps of a run with rewards; give the folder of an `rl`")
+
+
+def test_the_alarms_of_the_run_are_told_behind_the_table(tmp_path):
+    write(tmp_path, run([0.5] * STEPS))
+    events = [{"kind": "run_started"}, {"kind": "alarm", "step": 20, "alarm": "length_drift", "text": "too long"}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert shown(tmp_path)[1] == ["alarm length_drift, step 20: too long"]

@@ -13,6 +13,7 @@ import pytest
 
 from engine.config import Config, UserError
 from engine.config_file import load_config
+from engine.tracking.alarms import Alarm
 from engine.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,37 @@ def test_a_run_leaves_its_configuration_metrics_events_and_samples(tmp_path: Pat
     assert sorted(p.name for p in run.rglob("*") if p.is_file()) == sorted(
         ["config.yaml", "metrics.jsonl", "events.jsonl", "step_000012.jsonl"]
     )
+
+
+def test_an_alarm_is_told_recorded_and_sent_to_wandb_without_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "alarm-secret-value")
+    tracker = Tracker(config_for(tmp_path, tracking={"wandb": "offline"}))
+    tracker.alarm(20, Alarm("check_falls", "reward/gold/mean", "gold fell alarm-secret-value"))
+    tracker.close("succeeded")
+    [event] = [e for e in lines(tmp_path / "r1" / "events.jsonl") if e["kind"] == "alarm"]
+    assert (event["step"], event["alarm"], event["subject"]) == (20, "check_falls", "reward/gold/mean")
+    assert "ALARM check_falls, step 20: gold fell" in capsys.readouterr().out
+    [record] = (tmp_path / "r1" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"step 20: gold fell" in record.read_bytes()
+    for file in (p for p in (tmp_path / "r1").rglob("*") if p.is_file()):
+        assert b"alarm-secret-value" not in file.read_bytes(), file
+
+
+def test_an_alert_that_wandb_cannot_send_is_an_event_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(config_for(tmp_path, tracking={"wandb": "offline"}))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tracker.wandb._run, "alert", refuse)
+    tracker.alarm(20, Alarm("check_falls", "reward/gold/mean", "gold fell"))
+    tracker.close("succeeded")
+    kinds = [e["kind"] for e in lines(tmp_path / "r1" / "events.jsonl")]
+    assert kinds == ["run_started", "alarm", "alert_not_sent", "run_ended"]
 
 
 def test_the_configuration_written_is_resolved_loads_again_and_holds_no_secret(tmp_path: Path) -> None:
@@ -186,6 +218,7 @@ OFFLINE_RUN = """
 import sys
 from pathlib import Path
 from tests.tracking.test_tracker import config_for
+from engine.tracking.alarms import Alarm
 from engine.tracking.tracker import Tracker
 tracker = Tracker(config_for(Path(sys.argv[1]), tracking={"wandb": "offline", "tags": ["planted-tag"]}))
 assert tracker.wandb.id
