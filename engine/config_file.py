@@ -1,4 +1,4 @@
-"""From a YAML file and `a.b=c` overrides to a checked configuration: of one stage, or of several in a row."""
+"""From a YAML file, or a mapping, and `a.b=c` overrides to a checked configuration of one stage or several."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.config import NAME_PATTERN, Config, ConfigError
+from engine.user_code import location_of
 
 STAGE_PREFIX = "stage:"
 """`stage:sft`, as a model's path, is the model that the stage named sft ended with."""
@@ -31,16 +32,22 @@ class PipelineConfig(BaseModel):
     """What each stage is to do; its settings are laid over those that all stages share."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | PipelineConfig:
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config | PipelineConfig:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), check everything.
 
     A file with `stages:` is a pipeline: a mapping of names to sections, each laid over the rest of the file.
 
+    Args:
+        source: the file, or what it would hold; there, functions and classes may stand for their locations, for
+            instance `{"rewards": {"functions": [correct]}}`.
+        overrides: `section.key=value`.
+
     Raises:
         ConfigError: with one line per mistake: where, what, how to mend it.
+        UserError: a function that other processes cannot import.
     """
-    path = Path(path)
-    raw = _read(path)
+    path = "configuration" if isinstance(source, Mapping) else Path(source)
+    raw = _located(source) if isinstance(source, Mapping) else _read(Path(source))
     for override in overrides:
         _apply_override(raw, override)
     problems: list[str] = []
@@ -48,6 +55,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | Pip
     if config is None or problems:
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(problems)))
     return config
+
+
+def _located(value: Any) -> Any:
+    """A copy with the location of every function and class in its place."""
+    if isinstance(value, Mapping):
+        return {key: _located(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_located(item) for item in value]
+    return location_of(value) if callable(value) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

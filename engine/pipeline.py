@@ -35,6 +35,7 @@ from engine.stages.rl import RLStage
 from engine.stages.sft import SFTStage
 from engine.tracking.redact import redact
 from engine.tracking.tracker import Tracker
+from engine.user_code import importing
 
 CLEAN_UP_S = 15.0
 """An interrupted run ends within this time."""
@@ -62,6 +63,10 @@ def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Re
         UserError: something that the user can mend.
         ActorError: a worker failed, or missed a deadline.
     """
+    if importing():
+        raise UserError(
+            f"run() was called while {importing()} was imported: call it under `if __name__ == '__main__':`"
+        )
     stages = dict(config.stages) if isinstance(config, PipelineConfig) else {config.name: config}
     moved = [] if start_from is None else _start_from(config, stages, start_from)
     results = {name: result for name, stage in stages.items() if (result := _finished(stage)) is not None}

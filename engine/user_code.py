@@ -1,4 +1,4 @@
-"""Finds the functions people name in a configuration: `pkg.mod:fn` or `path/file.py:fn`."""
+"""Finds the functions people name in a configuration, `pkg.mod:fn` or `path/file.py:fn`, and names those they give."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 from engine.config import UserError
 
 _importing = threading.RLock()
+_imports: list[str] = []
 
 
 def load_object(spec: str, *, what: str) -> Any:
@@ -39,7 +40,11 @@ def load_object(spec: str, *, what: str) -> Any:
     if not colon or not target or not attribute:
         raise UserError(f"{where}: must look like pkg.mod:function or path/file.py:function")
     with _importing:
-        module = _load_file(target, where) if target.endswith(".py") else _load_module(target, where)
+        _imports.append(target)
+        try:
+            module = _load_file(target, where) if target.endswith(".py") else _load_module(target, where)
+        finally:
+            _imports.pop()
     found: Any = module
     for part in attribute.split("."):
         try:
@@ -49,6 +54,33 @@ def load_object(spec: str, *, what: str) -> Any:
     if not callable(found):
         raise UserError(f"{where}: is a {type(found).__name__}, not a function; name something that can be called")
     return found
+
+
+def location_of(function: Any) -> str:
+    """The location that `load_object` finds a function or class by, in this process and in any other.
+
+    Raises:
+        UserError: there is none: a lambda, something made inside a function, or typed into a prompt.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<no name>")
+    home = sys.modules.get(module or "")
+    file = getattr(home, "__file__", None)
+    found: Any = home
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is not function or (module == "__main__" and file is None):
+        raise UserError(
+            f"{function!r}: other processes cannot import it; define it by its own name at the top level of a file, "
+            "and give what it depends on as `arguments`"
+        )
+    if file and (module == "__main__" or ("." not in str(module) and _is_users(file))):
+        return f"{os.path.abspath(file)}:{name}"  # wherever its folder is
+    return f"{module}:{name}"
+
+
+def importing() -> str | None:
+    """The user's file or module that is being imported by `load_object` just now, if any."""
+    return _imports[-1] if _imports else None
 
 
 def describe_error(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,14 @@ SFT = {"model": {"path": "m"}}
 def test_mistakes_are_told_with_their_place(load, raw, says):
     with pytest.raises(ConfigError, match=says):
         load(raw)
+
+
+def test_a_mapping_is_a_configuration_too_and_functions_stand_for_their_locations():
+    raw = pipeline(rl={"model": {"path": "m"}, "rewards": {"functions": [json.dumps, {"function": json.loads}]}})
+    raw["data"] = {"train": json.load}
+    rl = load_config(raw, ["stages.rl.rl.steps=3"]).stages["rl"]
+    assert [f.function for f in rl.rewards.functions] == ["json:dumps", "json:loads"]
+    assert (rl.data.train.path, rl.rl.steps) == ("json:load", 3)
+    assert raw["data"] == {"train": json.load}, "what was given is left as it is"
+    with pytest.raises(ConfigError, match=r"configuration: stages\.rl\.rl\.steps: "):
+        load_config(raw, ["stages.rl.rl.steps=0"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import UserError
-from engine.user_code import describe_error, load_object
+from engine.user_code import describe_error, load_object, location_of
 
 USER_FILE = """
 from dataclasses import dataclass
@@ -136,3 +139,54 @@ def test_an_exception_whose_message_cannot_be_shown_is_still_described() -> None
             raise RuntimeError
 
     assert describe_error(MuteError()) == "MuteError: (its message cannot be shown)"
+
+
+def test_a_function_of_a_package_is_located_by_its_module_and_one_of_a_lone_file_by_the_file(folder: Path) -> None:
+    sys.path.insert(0, str(folder))
+    mine = importlib.import_module("mine")
+    assert location_of(json.dumps) == "json:dumps"
+    assert location_of(Path) == f"{Path.__module__}:Path"
+    assert location_of(mine.Tools.double) == f"{folder}/mine.py:Tools.double"
+    loaded = load_object("mine.py:make", what="x")
+    assert load_object(location_of(loaded), what="x") is loaded
+
+
+def test_what_other_processes_cannot_import_has_no_location() -> None:
+    def inner() -> None: ...
+
+    for function in (inner, lambda: 0, json.JSONEncoder().encode, type("Made", (), {})()):
+        with pytest.raises(UserError, match="other processes cannot import it; define it by its own name"):
+            location_of(function)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from engine import load_config, run
+from engine.user_code import load_object, location_of
+
+def correct(sample):
+    return 1.0
+
+print(location_of(correct))
+raw = {{"model": {{"path": "m"}}, "data": {{"train": "rows.jsonl"}}}}
+config = load_config(raw | {{"rewards": {{"functions": [correct]}}}})
+{end}
+"""
+
+
+def script(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
+    (folder / "my_run.py").write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), end=end))
+    command = [sys.executable, "my_run.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_a_function_of_the_main_script_is_located_by_its_file(folder: Path) -> None:
+    done = script(folder, "print(config.rewards.functions[0].function)")
+    assert done.stdout.splitlines() == [f"{folder}/my_run.py:correct"] * 2, done.stderr
+
+
+def test_a_script_that_runs_when_it_is_imported_is_told_to_guard_its_call(folder: Path) -> None:
+    done = script(folder, "load_object(location_of(correct), what='reward') if __name__ == '__main__' else run(config)")
+    assert "run() was called while" in done.stderr
+    assert "call it under `if __name__ == '__main__':`" in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import math
 import os
 import signal
@@ -20,6 +22,7 @@ import pytest
 
 from actors.reward_pool import RewardPool, Scores
 from engine.config import RewardsConfig, UserError
+from engine.config_file import load_config
 from engine.rewards.contract import RewardError, Row, Sample
 
 USER_FILE = '''
@@ -161,6 +164,48 @@ def test_each_function_gives_its_component_unweighted() -> None:
         "later": [1.0, 1.0],
     }
     assert scores.components["good"].dtype == np.float32
+    assert (scores.dropped, scores.incidents) == ({}, [])
+
+
+SHAPES = {
+    "sample": ("(sample)", "sample.completion", "sample.row.answer", "{}"),
+    "lists": ("(completions, answer, **columns)", "c", "a", "[{} for c, a in zip(completions, answer)]"),
+}
+VALUES = {
+    "number": ("float({c} == {a})", {"": [1.0, 0.0, 0.0]}),
+    "parts": (
+        "{{'right': float({c} == {a}), 'short': 0.5}}",
+        {"": [1.5, 0.5, 0.5], "/right": [1.0, 0.0, 0.0], "/short": [0.5, 0.5, 0.5]},
+    ),
+    "none": ("None if {c} == 'skip' else float({c} == {a})", {"": [1.0, 0.0, math.nan]}),
+}
+
+
+@pytest.mark.parametrize("spelling", ["object", "file", "module"])
+def test_every_kind_of_function_is_the_same_as_an_object_a_file_or_a_module(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    code, expected = "from engine import reward\n", {}
+    for kind, shape, value in itertools.product(["", "async "], SHAPES, VALUES):
+        name = f"{kind.strip()}_{shape}_{value}"
+        head, completion, answer, returned = SHAPES[shape]
+        expression, values = VALUES[value]
+        result = returned.format(expression.format(c=completion, a=answer))
+        code += f"\n@reward(weight=2.0, timeout=10)\n{kind}def {name}{head}:\n    return {result}\n"
+        expected |= {name + part: held for part, held in values.items()}
+    names = [name for name in expected if "/" not in name]
+    (folder / "own.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    own = importlib.import_module("own")
+    given = {"object": [getattr(own, name) for name in names]}
+    given |= {"file": [f"own.py:{name}" for name in names], "module": [f"own:{name}" for name in names]}
+    rewards = {"functions": given[spelling]}
+    config = load_config({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "rewards": rewards})
+    scores = score_once(*(entry.model_dump() for entry in config.rewards.functions), of=("42", "41", "skip"))
+    assert scores.components.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(scores.components[name], values, err_msg=name)
     assert (scores.dropped, scores.incidents) == ({}, [])
 
 

@@ -310,6 +310,18 @@ class TestResolve:
             resolve_all(RewardsConfig(functions=twice))
 
 
+def test_a_reward_that_trl_ships_runs_unchanged() -> None:
+    from trl.rewards import think_format_reward
+
+    config = RewardConfig(function="trl.rewards:think_format_reward")
+    found = resolve(config, RewardsConfig(functions=[config]))
+    prompt = [{"role": "user", "content": "why?"}]
+    texts = ["<think>\nbecause\n</think>\nso", "so"]
+    outcomes = found([Sample(i, prompt, text, Row({})) for i, text in enumerate(texts)])
+    expected = think_format_reward([[{"role": "assistant", "content": text}] for text in texts])
+    assert [list(outcome.values()) for outcome in outcomes] == [[value] for value in expected] == [[1.0], [0.0]]
+
+
 def test_the_decorator_leaves_the_function_itself_unchanged() -> None:
     def score(sample: Sample) -> float:
         return 2.0
