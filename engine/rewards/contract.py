@@ -29,12 +29,9 @@ import numpy as np
 
 from engine.config import RewardConfig, RewardsConfig, UserError
 from engine.row import Row
-from engine.user_code import load_object
+from engine.user_code import describe_error, load_object
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-Outcome = dict[str, float | tuple[float, ...]] | str
-"""Components of one sample (NaN: no opinion; a tuple: one value per step), or why what was returned is no reward."""
 
 _SETTINGS = "__gnomon_reward__"
 NO_REWARD = "no_reward"
@@ -60,6 +57,18 @@ BUILT_IN = {
 """Rewards that are named without a module -> the class that is made with the entry's `arguments`."""
 _BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
 _NOT_PASSED = {"prompt", "completion", "completion_ids"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a function gave no reward."""
+
+    message: str
+    kind: Literal["reward_error", "reward_timeout"] = "reward_error"
+
+
+Outcome = dict[str, float | tuple[float, ...]] | Failure
+"""Components of one sample (NaN: no opinion; a tuple: one value per step), or what went wrong."""
 
 
 class RewardError(UserError):
@@ -228,7 +237,7 @@ class RewardFunction:
         """Evaluate all samples; exceptions of the user's code pass through.
 
         Returns:
-            For each sample its components: `name`, and `name/part` for a dict. NaN is "no opinion". A string instead
+            For each sample its components: `name`, and `name/part` for a dict. NaN is "no opinion". A `Failure` instead
             says why what was returned for that sample is not a reward.
 
         Raises:
@@ -244,6 +253,29 @@ class RewardFunction:
         if len(values) != len(samples):
             raise ValueError(f"returned {len(values)} rewards for {len(samples)} samples")
         return [self._components(value) for value in values]
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it is `async` and takes one sample, so that several can be awaited at once."""
+        called = self.function if inspect.isroutine(self.function) else type(self.function).__call__
+        return not self.batch and inspect.iscoroutinefunction(called)
+
+    def await_all(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Evaluate an `awaited` function on all samples at once, each with its own deadline; errors are outcomes."""
+
+        async def one(sample: Sample) -> Outcome:
+            try:
+                async with asyncio.timeout(self.timeout) as limit:
+                    return self._components(await self.function(sample))
+            except Exception as error:
+                if isinstance(error, TimeoutError) and limit.expired():
+                    return Failure(f"took longer than {self.timeout:g} s", "reward_timeout")
+                return Failure(describe_error(error))
+
+        async def together() -> list[Outcome]:
+            return await asyncio.gather(*[one(sample) for sample in samples])
+
+        return asyncio.run(together())
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         """Columns of the rows and our three lists, cut to what the signature accepts."""
@@ -269,14 +301,14 @@ class RewardFunction:
             if not isinstance(value, Mapping):
                 return {self.name: _steps(value) or _number(value)}
             if not all(isinstance(key, str) for key in value):
-                return f"returned a dict whose keys are not all names: {_shown(value)}"
+                return Failure(f"returned a dict whose keys are not all names: {_shown(value)}")
             parts = {key: _number(part, f"[{key!r}]") for key, part in value.items()}
         except _RewardValueError as error:
-            return str(error)
+            return Failure(str(error))
         held = [part for part in parts.values() if not math.isnan(part)]
         total = math.fsum(held) if held else math.nan
         if abs(total) > FLOAT32_MAX:
-            return f"returned parts that add up to {total}, too large for a 32-bit float"
+            return Failure(f"returned parts that add up to {total}, too large for a 32-bit float")
         return {self.name: total, **{f"{self.name}/{key}": part for key, part in parts.items()}}
 
 

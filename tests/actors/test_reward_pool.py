@@ -99,6 +99,24 @@ def one_bad(completions, **kwargs):
 
 def wrong_length(completions): return [1.0]
 def batch_hanging(completions): time.sleep(600)
+
+async def waiting(sample):
+    if sample.completion == "block":
+        time.sleep(600)
+    if sample.completion == "raise":
+        raise ValueError("no")
+    await asyncio.sleep(600 if sample.completion == "hang" else 0.2)
+    return 1.0
+
+now, most = 0, 0
+async def together(sample):
+    global now, most
+    if sample.completion == "most":
+        return most
+    now += 1
+    most = max(most, now)
+    await asyncio.sleep(0.5)
+    now -= 1
 '''
 
 
@@ -272,6 +290,37 @@ def test_a_hanging_sample_ends_at_its_deadline_and_the_others_are_scored(functio
     assert scores.incidents[0]["message"] == "took longer than 0.6 s"
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_async_calls_of_many_samples_are_awaited_together_each_with_its_own_deadline(blocks: bool) -> None:
+    """Also beside one that blocks the loop for all: the others are asked again alone, and it alone is late."""
+    texts = [f"t{i}" for i in range(40)]
+    texts[7] = "block" if blocks else "hang"
+    texts[9] = "raise"
+    with pool(entry("waiting", timeout=1.0), workers=1) as running:
+        running.score(samples("warm"))
+        began = time.monotonic()
+        scores = running.score(samples(*texts))
+        elapsed = time.monotonic() - began
+    assert scores.dropped == {7: "reward_timeout", 9: "reward_error"}
+    assert [(i["kind"], i["sample_id"]) for i in sorted(scores.incidents, key=lambda i: i["sample_id"])] == [
+        ("reward_timeout", 107),
+        ("reward_error", 109),
+    ]
+    assert np.nan_to_num(only(scores)).sum() == 38
+    assert blocks or elapsed < 4.0, "one after the other they would take 9 s"
+
+
+def test_calls_of_several_threads_are_joined() -> None:
+    with pool(entry("together"), workers=1) as running:
+        threads = [threading.Thread(target=running.score, args=(samples("first"),)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        most = only(running.score(samples("most"))).max()
+    assert most >= 6, "while the first is awaited, the others gather"
+
+
 def test_the_deadline_counts_from_the_start_of_the_call_not_of_the_queue() -> None:
     scores = score_once(entry("slow", timeout=1.0), of=("a",) * 5)
     assert scores.dropped == {}
@@ -371,7 +420,7 @@ def test_mistakes_in_the_users_file_surface_at_the_start(folder: Path, code: str
 
 
 def test_a_file_that_hangs_while_importing_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.reward_pool.START_DEADLINE", 2.0)
+    monkeypatch.setattr("actors.reward_workers.START_DEADLINE", 2.0)
     (folder / "mine.py").write_text("import time\ntime.sleep(600)\n")
     with pytest.raises(UserError, match="importing the reward functions took longer than 2 s"):
         RewardPool(RewardsConfig.model_validate({"functions": ["mine.py:score"]})).start()

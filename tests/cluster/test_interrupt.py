@@ -134,7 +134,7 @@ def test_a_signal_during_training_ends_the_run_and_every_process_of_it(
 ) -> None:
     running.wait_until(lambda: running.measured(lines=3), timeout_s=400)
     started = " ".join(" ".join(_command(p)) for p in running.processes())
-    assert all(name in started for name in ("raylet", "PolicyActor", "RolloutActor", "RewardPool", "spawn_main"))
+    assert all(name in started for name in ("raylet", "PolicyActor", "RolloutActor", "RewardPool", "forkserver"))
     if number == signal.SIGINT:
         os.killpg(running.process.pid, number)  # a terminal sends Ctrl-C to the whole group
         time.sleep(0.5)

@@ -14,7 +14,18 @@ import pytest
 import torch
 
 from engine.config import RewardConfig, RewardsConfig, UserError
-from engine.rewards.contract import BUILT_IN, Outcome, RewardFunction, Row, Sample, Scores, resolve, resolve_all, reward
+from engine.rewards.contract import (
+    BUILT_IN,
+    Failure,
+    Outcome,
+    RewardFunction,
+    Row,
+    Sample,
+    Scores,
+    resolve,
+    resolve_all,
+    reward,
+)
 from engine.rewards.sandbox import protections
 
 
@@ -140,8 +151,8 @@ class TestValues:
     )
     def test_anything_else_is_an_error_that_shows_it(self, returned: Any, message: str) -> None:
         outcome = value_of(returned)
-        assert isinstance(outcome, str)
-        assert message in outcome
+        assert isinstance(outcome, Failure)
+        assert message in outcome.message
 
 
 class TestBatchShape:
@@ -196,7 +207,8 @@ class TestBatchShape:
     def test_one_bad_reward_leaves_the_others_alone(self) -> None:
         outcomes = wrap(lambda completions: [1.0, math.nan, None], batch=True)([sample()] * 3)
         assert outcomes[0] == {"score": 1.0}
-        assert "returned nan" in outcomes[1]
+        assert isinstance(outcomes[1], Failure)
+        assert "returned nan" in outcomes[1].message
         assert math.isnan(outcomes[2]["score"])  # type: ignore[index]
 
     def test_a_column_that_the_rows_lack_is_named(self) -> None:
