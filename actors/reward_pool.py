@@ -22,12 +22,17 @@ from typing import Any
 import numpy as np
 from pebble import ProcessExpired
 
-from actors.reward_workers import START_DEADLINE, Function, JoinedCallError, RewardWorkers
+from actors.awaited_calls import LostCallError
+from actors.reward_workers import START_DEADLINE, Function, RewardWorkers
 from engine.config import RewardsConfig
 from engine.rewards.contract import Failure, Outcome, RewardError, Sample, Scores
 from engine.user_code import describe_error
 
 _REISSUES = 3
+_BLOCKS = (
+    "an async function blocked its event loop or ended its process; its calls run one by one from here on, as those of "
+    "a plain function do: await what takes long, or give it to asyncio.to_thread"
+)
 _REMEDY = "mend the function (events.jsonl holds each failure)"
 
 
@@ -41,8 +46,6 @@ class _Call:
     """Positions without a reward so far."""
     attempt: int = 1
     reissued: int = 0
-    alone: bool = False
-    """Not to be joined with other samples' calls."""
     workers: RewardWorkers | None = None
     """Who has it."""
 
@@ -55,6 +58,7 @@ class RewardPool:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._functions: list[Function] = []
+        self._blocking: set[int] = set()
         self._successes: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._progress = time.monotonic()
@@ -78,7 +82,7 @@ class RewardPool:
     def score(self, samples: list[Sample]) -> Scores:
         """Evaluate every function on the samples; returns when each has a reward or is dropped.
 
-        A per-sample function gets one call for each sample, with a deadline of its own, those of an async one several
+        A per-sample function gets one call for each sample, with a deadline of its own, those of an async one many
         at a time; a batch function one call for all. A failed call is repeated `rewards.retries` times.
 
         Raises:
@@ -119,7 +123,8 @@ class RewardPool:
                 self._workers.stop()
                 self._workers = RewardWorkers(self._config)
             call.workers = self._workers
-            return self._workers.submit(call.function, self._functions[call.function], chosen, alone=call.alone)
+            alone = call.function in self._blocking
+            return self._workers.submit(call.function, self._functions[call.function], chosen, alone=alone)
 
     def _next_finished(
         self, finished: queue.SimpleQueue[Future[Any]], pending: dict[Future[Any], _Call]
@@ -151,8 +156,8 @@ class RewardPool:
             answer = future.result()
         except DeadlineError:
             answer = Failure(f"took longer than {function.timeout:g} s", "reward_timeout")
-        except JoinedCallError:  # one of its samples blocks or ends the process; alone, each has its own deadline
-            call.alone = True
+        except LostCallError:
+            self._ask_alone(scoring, call)
             return True
         except ProcessExpired as error:
             answer = Failure(f"the worker process died ({_exit_reason(error.exitcode)})")
@@ -174,6 +179,14 @@ class RewardPool:
             return True
         self._give_up(scoring, call, failure)
         return False
+
+    def _ask_alone(self, scoring: _Scoring, call: _Call) -> None:
+        """From here on each call of the function gets a process for itself, where it can be ended."""
+        with self._lock:
+            known = call.function in self._blocking
+            self._blocking.add(call.function)
+        if not known:
+            scoring.record(call, None, Failure(_BLOCKS, "reward_blocks_loop"))
 
     def _give_up(self, scoring: _Scoring, call: _Call, failure: Failure) -> None:
         function = self._functions[call.function]
@@ -234,7 +247,7 @@ class _Scoring:
         """
         if isinstance(answer, Failure):
             alone = self.samples[call.positions[0]].id if len(call.positions) == 1 else None
-            self._record(call, alone, answer)
+            self.record(call, alone, answer)
             return answer
         failure = None
         for position, outcome in zip(call.positions, answer, strict=True):
@@ -242,7 +255,7 @@ class _Scoring:
                 continue
             if isinstance(outcome, Failure):
                 failure = outcome
-                self._record(call, self.samples[position].id, outcome)
+                self.record(call, self.samples[position].id, outcome)
                 continue
             call.unanswered.remove(position)
             for name, value in outcome.items():
@@ -252,7 +265,8 @@ class _Scoring:
                     self._steps.setdefault(name, [None] * len(self.samples))[position] = np.array(value)
         return failure
 
-    def _record(self, call: _Call, sample_id: int | None, failure: Failure) -> None:
+    def record(self, call: _Call, sample_id: int | None, failure: Failure) -> None:
+        """Keep an incident."""
         name = self.functions[call.function].name
         self.incidents.append(
             {"kind": failure.kind, "function": name, "sample_id": sample_id, "attempt": call.attempt}

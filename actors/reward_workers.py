@@ -1,45 +1,35 @@
 """The processes that the user's reward functions run in, each call with a deadline.
 
-    submit(call) ------------------------------> a worker: call, check --> future
-    submit(call of an async function) --joined--> a worker: await them all at once --> a future for each
+    submit(call) ----------------------> a worker: call, check --> future        one call at a time; killed when late
+    submit(call of an async function) -> actors/awaited_calls.py --> future      many at the same time
 
-Workers are forked from a server process that has imported all but the user's code, so that one that was killed for
-being late is replaced at once. Nothing but specs and samples is pickled. Exceptions come back as text, so that one that
-cannot be unpickled does no harm.
+Nothing but specs and samples is pickled. Exceptions come back as text, so that one that cannot be unpickled does no
+harm.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
-import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as DeadlineError
 from dataclasses import dataclass
 from functools import partial
-from importlib.machinery import ModuleSpec
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from pebble import ProcessPool
+from pebble import CONSTS, ProcessPool
 
+from actors.awaited_calls import AwaitedCalls
+from actors.fork_server import WorkerContext, become_worker
 from engine.config import RewardsConfig, UserError
 from engine.rewards.contract import Failure, Outcome, RewardFunction, Sample, resolve_all
 from engine.user_code import describe_error
 
 START_DEADLINE = 120.0
 """Seconds in which a worker must have imported the user's functions."""
-JOINED = 16
-"""Most samples of an async function that one worker awaits at once."""
-_GRACE = 2.0
-"""Seconds that joined samples, each with a deadline of its own, have beyond it."""
-_PR_SET_PDEATHSIG = 1
+CONSTS.sleep_unit = 0.02
+"""Seconds after which pebble looks again for late and dead workers."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +41,7 @@ class Function:
     on_error: str
     batch: bool
     awaited: bool
-    """It takes one sample and is async: a worker awaits several at once."""
-
-
-class JoinedCallError(Exception):
-    """A call of several samples was lost with all of them; each must be asked alone."""
+    """It takes one sample and is async."""
 
 
 class RewardWorkers:
@@ -63,16 +49,15 @@ class RewardWorkers:
 
     def __init__(self, rewards: RewardsConfig) -> None:
         """Start the processes."""
-        _start_fork_server()
         self._config = rewards
-        self._lock = threading.RLock()
-        self._waiting: dict[int, deque[tuple[Sample, Future[Any]]]] = {}
-        self._running: dict[int, int] = {}
-        self._context = _WorkerContext()
+        self._environment = dict(os.environ)
+        self._lock = threading.Lock()
+        self._awaited: dict[int, AwaitedCalls] = {}
+        self._context = WorkerContext()
         self._pool = ProcessPool(
             max_workers=rewards.workers,
             initializer=_start_worker,
-            initargs=(rewards, dict(os.environ)),
+            initargs=(rewards, self._environment),
             context=self._context,
         )
         assert self._pool.active, "reading `active` starts the workers"
@@ -107,43 +92,22 @@ class RewardWorkers:
     def submit(self, number: int, function: Function, samples: Sequence[Sample], *, alone: bool) -> Future[Any]:
         """Call the function of this number; the future gives an outcome for each sample, or one failure of all.
 
-        With `alone` an async function's sample is not joined with others.
+        With `alone` an async function's call gets a process for itself, as any other's does; else the future may give
+        `LostCallError`.
         """
         if alone or not function.awaited:
             return self._pool.schedule(_call, args=(number, list(samples)), timeout=function.timeout)
         [sample] = samples
-        answer: Future[Any] = Future()
         with self._lock:
-            self._waiting.setdefault(number, deque()).append((sample, answer))
-            self._join(number, function)
-        return answer
-
-    def _join(self, number: int, function: Function) -> None:
-        """Give waiting samples to the workers, as many at once as there are when a worker is free."""
-        waiting = self._waiting[number]
-        while waiting and self._running.get(number, 0) < self._config.workers and self._pool.active:
-            part = [waiting.popleft() for _ in range(min(JOINED, len(waiting)))]
-            self._running[number] = self._running.get(number, 0) + 1
-            samples = [sample for sample, _ in part]
-            task = self._pool.schedule(_call_joined, args=(number, samples), timeout=function.timeout + _GRACE)
-            task.add_done_callback(partial(self._part, number, function, [answer for _, answer in part]))
-
-    def _part(self, number: int, function: Function, answers: list[Future[Any]], task: Future[Any]) -> None:
-        """Take joined samples apart again."""
-        lost = task.cancelled() or task.exception() is not None
-        outcomes = [] if lost else task.result()
-        with self._lock:
-            self._running[number] -= 1
-            self._join(number, function)
-        for i, answer in enumerate(answers):
-            with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
-                if lost:
-                    answer.set_exception(JoinedCallError())
-                else:
-                    answer.set_result([outcomes[i]])
+            if number not in self._awaited:
+                load = partial(_load_one, self._config, self._environment, number)
+                self._awaited[number] = AwaitedCalls(load, self._config.workers)
+        return self._awaited[number].submit(sample)
 
     def stop(self) -> None:
         """End all processes. Calls that are running are lost."""
+        for calls in self._awaited.values():
+            calls.stop()
         self._pool.stop()
         self._pool.join()
 
@@ -155,28 +119,24 @@ _functions: list[RewardFunction] | str = "not started"
 
 
 def _start_worker(rewards: RewardsConfig, environment: dict[str, str]) -> None:
-    """Make the process end with its parent and at the first signal, then import the user's functions."""
+    """Import the user's functions."""
     global _functions
-    os.setpgid(0, 0)  # with it end the processes that the user's code has started
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()  # the fork server, which ends when nobody holds this pipe any more: not us, then
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    os.environ.clear()
-    os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
+    become_worker(environment)
     try:
         _functions = resolve_all(rewards)
     except UserError as error:
         _functions = str(error)
 
 
+def _load_one(rewards: RewardsConfig, environment: dict[str, str], number: int) -> RewardFunction:
+    become_worker(environment)
+    return resolve_all(rewards)[number]
+
+
 def _describe() -> list[Function] | str:
     if isinstance(_functions, str):
         return _functions
-    return [Function(f.name, f.timeout, f.on_error, f.batch, f.awaited) for f in _functions]
+    return [Function(f.name, f.timeout, f.on_error, f.batch, f.is_async) for f in _functions]
 
 
 def _call(number: int, samples: list[Sample]) -> list[Outcome] | Failure:
@@ -186,65 +146,3 @@ def _call(number: int, samples: list[Sample]) -> list[Outcome] | Failure:
         return _functions[number](samples)
     except BaseException as error:  # SystemExit too: whatever the user's code raises is reported, not obeyed
         return Failure(describe_error(error))
-
-
-def _call_joined(number: int, samples: list[Sample]) -> list[Outcome]:
-    if isinstance(_functions, str):
-        return [Failure(_functions)] * len(samples)
-    return _functions[number].await_all(samples)
-
-
-# ---- how the worker processes are started ----
-
-_starting = threading.Lock()
-
-
-class _WorkerProcess(ForkServerProcess):
-    """A forked process that leaves the parent's `__main__` alone and takes its own children with it."""
-
-    def start(self) -> None:
-        """Start without importing the parent's main script again (Ray's worker script, or an unguarded one)."""
-        main = sys.modules["__main__"]
-        with _starting:
-            spec = main.__spec__
-            main.__spec__ = ModuleSpec("reward_worker.__main__", None)  # multiprocessing imports no `*.__main__`
-            try:
-                super().start()
-            finally:
-                main.__spec__ = spec
-
-    def terminate(self) -> None:
-        """Kill the worker and every process in its group."""
-        assert self.pid is not None
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not made its group yet, or is gone
-            self.kill()
-
-
-class _WorkerContext(ForkServerContext):
-    """Pebble's processes are ours, and their locks live as long as the context: a worker may just be starting."""
-
-    Process = _WorkerProcess
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._locks: list[Any] = []
-
-    def RLock(self) -> Any:  # noqa: N802, multiprocessing's name
-        """A lock that is kept."""
-        self._locks.append(super().RLock())
-        return self._locks[-1]
-
-
-def _start_fork_server() -> None:
-    """Start it, if it is not running, with this process's modules at hand."""
-    with _starting:
-        given = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        try:
-            forkserver.set_forkserver_preload([__name__])
-            forkserver.ensure_running()
-        finally:
-            del os.environ["PYTHONPATH"]
-            os.environ.update({} if given is None else {"PYTHONPATH": given})

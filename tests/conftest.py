@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+def thorough(*values: Any) -> list[Any]:
+    """Parameters of a test (tuples of several) that are tried with `--thorough` only."""
+    each = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*parts, marks=pytest.mark.thorough) for parts in each]
+
+
 @pytest.fixture(scope="session")
 def seeds(request: pytest.FixtureRequest) -> range:
     """What to train with."""

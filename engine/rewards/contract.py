@@ -64,7 +64,7 @@ class Failure:
     """Why a function gave no reward."""
 
     message: str
-    kind: Literal["reward_error", "reward_timeout"] = "reward_error"
+    kind: Literal["reward_error", "reward_timeout", "reward_blocks_loop"] = "reward_error"
 
 
 Outcome = dict[str, float | tuple[float, ...]] | Failure
@@ -255,27 +255,20 @@ class RewardFunction:
         return [self._components(value) for value in values]
 
     @property
-    def awaited(self) -> bool:
-        """Whether it is `async` and takes one sample, so that several can be awaited at once."""
+    def is_async(self) -> bool:
+        """Whether it is `async` and takes one sample, so that calls for several can be awaited at once."""
         called = self.function if inspect.isroutine(self.function) else type(self.function).__call__
         return not self.batch and inspect.iscoroutinefunction(called)
 
-    def await_all(self, samples: Sequence[Sample]) -> list[Outcome]:
-        """Evaluate an `awaited` function on all samples at once, each with its own deadline; errors are outcomes."""
-
-        async def one(sample: Sample) -> Outcome:
-            try:
-                async with asyncio.timeout(self.timeout) as limit:
-                    return self._components(await self.function(sample))
-            except Exception as error:
-                if isinstance(error, TimeoutError) and limit.expired():
-                    return Failure(f"took longer than {self.timeout:g} s", "reward_timeout")
-                return Failure(describe_error(error))
-
-        async def together() -> list[Outcome]:
-            return await asyncio.gather(*[one(sample) for sample in samples])
-
-        return asyncio.run(together())
+    async def awaited(self, sample: Sample) -> Outcome:
+        """The outcome of a function that `is_async`, within its deadline; exceptions are outcomes too."""
+        try:
+            async with asyncio.timeout(self.timeout) as limit:
+                return self._components(await self.function(sample))
+        except Exception as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                return Failure(f"took longer than {self.timeout:g} s", "reward_timeout")
+            return Failure(describe_error(error))
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         """Columns of the rows and our three lists, cut to what the signature accepts."""

@@ -83,7 +83,7 @@ class _Asking:
     """Repetitions after 429, 5xx, a missed deadline or a broken connection."""
     requests_per_second: Positive | None = None
     """Of all workers where they share a `cache`, else of each."""
-    concurrent: Count = 16
+    concurrent: Count = 64
     """Requests of one worker under way at a time."""
     input_price: NotNegative = 0.0
     """Of a million prompt tokens."""

@@ -103,6 +103,10 @@ def batch_hanging(completions): time.sleep(600)
 async def waiting(sample):
     if sample.completion == "block":
         time.sleep(600)
+    if sample.completion == "exit":
+        os._exit(3)
+    if sample.completion == "pid":
+        return os.getpid()
     if sample.completion == "raise":
         raise ValueError("no")
     await asyncio.sleep(600 if sample.completion == "hang" else 0.2)
@@ -290,35 +294,45 @@ def test_a_hanging_sample_ends_at_its_deadline_and_the_others_are_scored(functio
     assert scores.incidents[0]["message"] == "took longer than 0.6 s"
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_async_calls_of_many_samples_are_awaited_together_each_with_its_own_deadline(blocks: bool) -> None:
-    """Also beside one that blocks the loop for all: the others are asked again alone, and it alone is late."""
-    texts = [f"t{i}" for i in range(40)]
-    texts[7] = "block" if blocks else "hang"
-    texts[9] = "raise"
-    with pool(entry("waiting", timeout=1.0), workers=1) as running:
+def test_async_calls_are_awaited_at_once_each_with_its_own_deadline() -> None:
+    texts = [f"t{i}" for i in range(48)]
+    texts[7], texts[9] = "hang", "raise"
+    with pool(entry("waiting", timeout=2.0), workers=1) as running:
         running.score(samples("warm"))
         began = time.monotonic()
         scores = running.score(samples(*texts))
         elapsed = time.monotonic() - began
+        process = {int(i) for i in only(running.score(samples("pid", "pid", "pid")))}
     assert scores.dropped == {7: "reward_timeout", 9: "reward_error"}
-    assert [(i["kind"], i["sample_id"]) for i in sorted(scores.incidents, key=lambda i: i["sample_id"])] == [
-        ("reward_timeout", 107),
-        ("reward_error", 109),
-    ]
-    assert np.nan_to_num(only(scores)).sum() == 38
-    assert blocks or elapsed < 4.0, "one after the other they would take 9 s"
+    assert [(i["kind"], i["sample_id"]) for i in scores.incidents] == [("reward_error", 109), ("reward_timeout", 107)]
+    assert np.nansum(only(scores)) == 46
+    assert elapsed < 4.0, "one after the other they would take 9.6 s, and none waits for the one that hangs"
+    assert len(process) == 1
 
 
-def test_calls_of_several_threads_are_joined() -> None:
-    with pool(entry("together"), workers=1) as running:
-        threads = [threading.Thread(target=running.score, args=(samples("first"),)) for _ in range(12)]
+def test_calls_of_several_threads_are_awaited_together() -> None:
+    with pool("together", workers=1) as running:
+        threads = [threading.Thread(target=running.score, args=(samples("one"),)) for _ in range(12)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(timeout=30)
-        most = only(running.score(samples("most"))).max()
-    assert most >= 6, "while the first is awaited, the others gather"
+        assert only(running.score(samples("most"))).max() >= 6
+
+
+@pytest.mark.parametrize(("text", "reason"), [("block", "reward_timeout"), ("exit", "reward_error")])
+def test_an_async_function_that_blocks_its_loop_or_dies_costs_its_own_sample_only(
+    monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    monkeypatch.setattr("actors.awaited_calls.BLOCKED_S", 1.0)
+    with pool(entry("waiting", timeout=1.0), "good", workers=2) as running:
+        first = running.score(samples("a", text, "c"))
+        second = running.score(samples("d", "e"))
+    assert first.dropped == {1: reason}
+    assert [i["kind"] for i in first.incidents] == ["reward_blocks_loop", reason]
+    assert "one by one from here on" in first.incidents[0]["message"]
+    assert (second.dropped, second.incidents) == ({}, [])
+    assert second.components["waiting"].tolist() == [1.0, 1.0]
 
 
 def test_the_deadline_counts_from_the_start_of_the_call_not_of_the_queue() -> None:

@@ -41,6 +41,7 @@ def test_an_offline_example_trains_and_measures(tiny_model, tmp_path, monkeypatc
     assert result.after != result.before
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
 def test_the_full_pipeline_goes_through_all_its_stages(tmp_path, monkeypatch):

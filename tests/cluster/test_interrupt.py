@@ -18,6 +18,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.conftest import thorough
+
 ROOT = Path(__file__).parents[2]
 END_S = 15.0
 """A run must be gone so many seconds after the signal."""
@@ -146,7 +148,7 @@ def test_a_signal_during_training_ends_the_run_and_every_process_of_it(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["raylet", "ray::RolloutActor"])
+@pytest.mark.parametrize("moment", ["ray::RolloutActor", *thorough("raylet")])
 def test_ctrl_c_while_the_run_starts_ends_it_and_every_process_of_it(running: Running, moment: str) -> None:
     running.wait_until(lambda: running.has_process(moment), timeout_s=300)
     os.killpg(running.process.pid, signal.SIGINT)

@@ -17,6 +17,7 @@ from engine.cluster import started_workers
 from engine.config import Config, UserError
 from engine.rewards.contract import Row, Sample
 from tests.cluster.conftest import random_batch
+from tests.conftest import thorough
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
@@ -107,7 +108,7 @@ def samples_of(tokenizer: Any) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("separate", 4), ("packed", 1), ("turns", 1)])
+@pytest.mark.parametrize(("mode", "devices"), [*thorough(("separate", 4)), ("packed", 1), ("turns", 1)])
 def test_roles_sit_as_the_placement_says_and_reward_models_score_as_transformers_does(
     raw_config, reward_models, mode, devices
 ):

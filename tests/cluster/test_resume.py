@@ -110,7 +110,7 @@ VARIANTS = {
 }
 
 
-COVERED = ("sft", "preference, kto", "reward_model")
+COVERED = ("pretrain", "sft", "preference, kto", "reward_model", "distill", "rl")
 """By the other variants, in other words: the same loop, the same trainer."""
 
 

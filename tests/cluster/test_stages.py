@@ -22,6 +22,7 @@ from actors.bottleneck import load_bottlenecks
 from engine import pipeline
 from engine.config import Config
 from engine.stages.loop import Result
+from tests.conftest import thorough
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
@@ -130,7 +131,7 @@ def preference_rows() -> list[dict[str, Any]]:
     return [{"prompt": f"{a} {b}", "chosen": b, "rejected": a} for a, b in two_words(64)]
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "ipo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo", "kto", *thorough("hinge", "robust", "ipo", "simpo")])
 def test_preference_losses_prefer_the_chosen_answers(run, loss):
     result, steps = run(
         "preference",
