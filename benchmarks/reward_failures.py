@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--cost", type=float, default=0.05)
-    parser.add_argument("--timeout", type=float, default=0.5)
+    parser.add_argument("--timeout", type=float, default=0.4)
     parser.add_argument("--retries", type=int, default=1)
     given = parser.parse_args()
     settings = {name: getattr(given, name) for name in ("workers", "cost", "timeout", "retries")}

@@ -73,3 +73,39 @@ def test_the_calculator_is_offered_to_a_model_that_has_read_nothing_yet(tmp_path
     assert result.model == (tmp_path / "calculator" / "learn" / "model").absolute()
     lines = (config.run_dir / "learn" / "metrics.jsonl").read_text().splitlines()
     assert any("reward/right/mean" in json.loads(line) for line in lines)
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    """The metrics of the steps of an `rl` stage."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "reward/mean" in line]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_the_game_is_played_over_several_turns(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    changes = [f"output_dir={tmp_path}", "evaluation.prompts=8", "policy.threads=1", "rollout.threads=1"]
+    changes += ["stages.read.training.updates=40", "stages.play.rl.steps=1", "stages.play.rl.prompts_per_step=4"]
+    config = load_config("examples/guess_the_number/guess_the_number.yaml", changes)
+    pipeline.run(config)
+    [step] = steps_of(config.run_dir / "play")
+    assert step["rollout/observed_fraction"] > 0
+    assert step["rollout/turns"] > 1
+    assert step["reward/mean"] == pytest.approx(step["reward/environment/mean"])
+    assert "reward/found/mean" in step
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_outcome_and_process_rewards_start_from_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    changes = [f"output_dir={tmp_path}", "evaluation.prompts=8", "policy.threads=1", "rollout.threads=1"]
+    changes += ["stages.read.training.updates=40", "rl.steps=1", "rl.prompts_per_step=4"]
+    config = load_config("examples/process_rewards/process_rewards.yaml", changes)
+    pipeline.run(config)
+    [outcome], [process] = (steps_of(config.run_dir / stage) for stage in ("outcome", "process"))
+    assert outcome["reward/mean"] == pytest.approx(outcome["reward/all_right/mean"])
+    assert process["reward/mean"] == pytest.approx(process["reward/steps_right/mean"])
+    assert process["reward/all_right/mean"] == outcome["reward/all_right/mean"], "the same first samples"
+    assert 0 < process["reward/share_right/mean"] < 1

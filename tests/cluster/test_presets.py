@@ -40,7 +40,7 @@ from tests.conftest import thorough
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
 STEPS = 24
 COVERED = ("dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "cispo", "iterative_dpo")
-"""Whose parts other presets train with, and which are compared with their papers' formulas in tests/test_presets.py."""
+"""Whose parts other presets train with; every preset's advantages and losses are tested one by one elsewhere."""
 RISE = 0.4
 """Share of e that a run must gain, from its first step to the mean of its last four. It starts at about 0.04."""
 OWN = ("advantage", "loss")
@@ -81,6 +81,12 @@ class Served:
     engines: WorkerGroup
     pool: WorkerGroup
     runs: int = 0
+
+    def alarms(self) -> set[str]:
+        """What the last run's alarms were."""
+        file = Path(self.raw["output_dir"]) / f"run-{self.runs - 1}" / "events.jsonl"
+        events = [json.loads(line) for line in file.read_text().splitlines()]
+        return {event["alarm"] for event in events if event["kind"] == "alarm"}
 
     def train(self, algorithm: dict[str, Any], seed: int = 0, **changes: Any) -> list[dict[str, float]]:
         """A whole run; returns the metrics of its steps."""
@@ -138,13 +144,21 @@ def served(tiny_model, tmp_path_factory, ray_session) -> Iterator[Served]:
         "def share_of_e(completions, **columns):\n"
         "    return [text.count('e') / max(1, len(text)) for text in completions]\n\n\n"
         "def bonus(completions, bonus):\n"
-        "    return bonus\n"
+        "    return bonus\n\n\n"
+        "def variety(completions, **columns):\n"
+        "    return [len(set(text)) / max(1, len(text)) for text in completions]\n\n\n"
+        "def even_tokens(completions, completion_ids):\n"
+        "    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]\n"
     )
+    task = f"{folder / 'task.py'}"
     raw = {
         "output_dir": str(folder / "runs"),
         "model": {"path": str(tiny_model)},
         "data": {"train": str(folder / "rows.jsonl")},
-        "rewards": {"functions": [f"{folder / 'task.py'}:{name}" for name in ("share_of_e", "bonus")]},
+        "rewards": {
+            "functions": [f"{task}:share_of_e", f"{task}:bonus"]
+            + [{"function": f"{task}:{name}", "weight": 0} for name in ("variety", "even_tokens")]
+        },
         "rl": {"steps": STEPS, "prompts_per_step": 8, "samples_per_prompt": 8},
         "optimizer": {"learning_rate": 0.01},
         "policy": {"tokens_per_microbatch": 2048},
@@ -177,6 +191,25 @@ def test_a_preset_learns_the_planted_task(name, served, seeds):
         mismatches = [step["mismatch/logp_abs_max"] for step in steps if "mismatch/logp_abs_max" in step]
         assert bool(mismatches) == (PRESETS[name].get("loss") != "preference")
         assert max(mismatches, default=0.0) < 1e-3
+
+
+def test_a_policy_that_games_its_reward_raises_the_alarms(served):
+    """Paid for the letter e it says nothing else; what is only measured, the variety of its answers, falls."""
+    steps = served.train({"name": "grpo"})
+    assert steps[-1]["reward/variety/mean"] < 0.7 * steps[0]["reward/variety/mean"]
+    assert "check_falls" in served.alarms()
+    assert "repetition_drift" in served.alarms()
+
+
+def test_a_policy_that_learns_what_it_should_raises_none(served):
+    task = served.raw["rewards"]["functions"][0].partition(":")[0]
+    steps = served.train(
+        {"name": "grpo"}, rewards={"functions": [f"{task}:even_tokens"]}, optimizer={"learning_rate": 0.003}
+    )
+    means = [step["reward/mean"] for step in steps]
+    print([round(x, 2) for x in means])
+    assert means[-1] > means[0] + 0.1
+    assert served.alarms() == set()
 
 
 def test_the_critic_explains_most_of_the_variance_of_the_returns(served):
