@@ -52,10 +52,10 @@ def test_documents_of_the_game_end_with_the_secret_and_their_hints_are_true() ->
 @pytest.mark.parametrize(
     ("steps", "verdicts", "whole"),
     [
-        ((" 4 ;", " 2 ;", " 5 ;", " 2 ;", " 6 ;", " 0 ;"), [1] * 6, 1),
-        ((" 4 ;", " 7 ;", " 5 ;", " 2 ;", " 6 ;", " 0"), [1, 0, 1, 1, 1, 1], 0),
+        ((" 4 ;", " 2 ;", " 5 ;", " 0 ;"), [1] * 4, 1),
+        ((" 4 ;", " 7 ;", " 5 ;", " 0"), [1, 0, 1, 1], 0),
         ((" 4 ;", " 2 ;"), [1, 1], 0),
-        ((" 4 ;", " 2 ;", " 5 ;", " 2 ;", " 6 ;", " 0 ;", " 0 ;"), [1] * 6 + [0], 0),
+        ((" 4 ;", " 2 ;", " 5 ;", " 0 ;", " 0 ;"), [1] * 4 + [0], 0),
         ((), [], 0),
     ],
 )
@@ -63,9 +63,9 @@ def test_each_step_has_a_verdict_and_a_solution_is_right_when_all_are(
     steps: tuple[str, ...], verdicts: list[float], whole: float
 ) -> None:
     task = names_of("process_rewards/task.py")
-    sample = Sample(0, "", "".join(steps), Row({"digits": [3, 1, 4, 1, 5, 9]}), step_texts=steps)
+    sample = Sample(0, "", "".join(steps), Row({"digits": [3, 1, 4, 9]}), step_texts=steps)
     assert task["steps_right"](sample) == (verdicts or None)
-    assert task["share_right"](sample) == pytest.approx(sum(verdicts) / 6)
+    assert task["share_right"](sample) == pytest.approx(sum(verdicts) / 4)
     assert task["all_right"](sample) == whole
 
 

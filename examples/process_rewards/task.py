@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from engine import Sample, reward
 
-DIGITS = 6
+DIGITS = 4
 MISTAKES = 0.3
 """Of the steps in what the model has read."""
 
