@@ -22,7 +22,7 @@ from typing import Any
 from actors.fork_server import WorkerContext
 from engine.rewards.contract import Outcome, RewardFunction, Sample
 
-BLOCKED_S = 3.0
+BLOCKED_S = 10.0
 """Seconds without a sign of life."""
 START_S = 120.0
 """Seconds in which the user's file must be imported."""
