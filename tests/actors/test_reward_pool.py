@@ -216,12 +216,12 @@ def test_every_kind_of_function_is_the_same_as_an_object_a_file_or_a_module(
         code += f"\n@reward(weight=2.0, timeout=10)\n{kind}def {name}{head}:\n    return {result}\n"
         expected |= {name + part: held for part, held in values.items()}
     names = [name for name in expected if "/" not in name]
-    (folder / "own.py").write_text(code)
+    (folder / "every_kind.py").write_text(code)
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    own = importlib.import_module("own")
-    given = {"object": [getattr(own, name) for name in names]}
-    given |= {"file": [f"own.py:{name}" for name in names], "module": [f"own:{name}" for name in names]}
+    monkeypatch.delitem(sys.modules, "every_kind", raising=False)
+    module = importlib.import_module("every_kind")
+    given = {"object": [getattr(module, name) for name in names]}
+    given |= {"file": [f"every_kind.py:{name}" for name in names], "module": [f"every_kind:{name}" for name in names]}
     rewards = {"functions": given[spelling]}
     config = load_config({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "rewards": rewards})
     scores = score_once(*(entry.model_dump() for entry in config.rewards.functions), of=("42", "41", "skip"))
