@@ -71,6 +71,7 @@ def run(failures: list[str], *, workers: int, cost: float, timeout: float, retri
     """Score groups of samples, many groups at a time, as a run does, and account for every sample."""
     entry = {"function": f"{Path(__file__).resolve()}:fragile", "timeout": timeout}
     rewards = {"functions": [entry], "workers": workers, "retries": retries}
+    before = descendants()
     pool = RewardPool(RewardsConfig.model_validate(rewards))
     pool.start()
     ledger = SampleLedger()
@@ -97,9 +98,14 @@ def run(failures: list[str], *, workers: int, cost: float, timeout: float, retri
     ledger.check()
     assert not ledger.in_flight
     kinds = Counter(incident["kind"] for score in scores for incident in score.incidents)
-    me = psutil.Process()
-    left = len(me.children(recursive=True)) - len(me.children())  # the fork server is a child, workers are its children
+    left = len(descendants() - before)
     return Outcome(seconds, ledger.trained, dict(ledger.dropped), dict(kinds), wrong, left)
+
+
+def descendants() -> set[int]:
+    """What the fork server has started: it is a child of this process, workers are its children."""
+    servers = [child for child in psutil.Process().children() if "reward_workers" in " ".join(child.cmdline())]
+    return {process.pid for server in servers for process in server.children(recursive=True)}
 
 
 def main() -> None:
