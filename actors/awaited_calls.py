@@ -19,13 +19,11 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from actors.fork_server import WorkerContext
+from actors.fork_server import START_DEADLINE, WorkerContext
 from engine.rewards.contract import Outcome, RewardFunction, Sample
 
 BLOCKED_S = 10.0
 """Seconds without a sign of life."""
-START_S = 120.0
-"""Seconds in which the user's file must be imported."""
 CONCURRENT = 16
 """Calls awaited at once, for each of `rewards.workers`."""
 _SIGN_S = 0.25
@@ -75,7 +73,7 @@ class AwaitedCalls:
         self._process.join()
 
     def _listen(self) -> None:
-        patience = START_S
+        patience = START_DEADLINE
         try:
             while self._pipe.poll(patience):
                 said = self._pipe.recv()

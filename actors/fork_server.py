@@ -15,6 +15,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+START_DEADLINE = 120.0
+"""Seconds in which a process must have imported the user's code."""
 _PRELOADED = ["actors.reward_workers"]
 _PR_SET_PDEATHSIG = 1
 _starting = threading.Lock()

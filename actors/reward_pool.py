@@ -23,7 +23,8 @@ import numpy as np
 from pebble import ProcessExpired
 
 from actors.awaited_calls import LostCallError
-from actors.reward_workers import START_DEADLINE, Function, RewardWorkers
+from actors.fork_server import START_DEADLINE
+from actors.reward_workers import Function, RewardWorkers
 from engine.config import RewardsConfig
 from engine.rewards.contract import Failure, Outcome, RewardError, Sample, Scores
 from engine.user_code import describe_error

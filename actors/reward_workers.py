@@ -21,13 +21,11 @@ from typing import Any
 from pebble import CONSTS, ProcessPool
 
 from actors.awaited_calls import AwaitedCalls
-from actors.fork_server import WorkerContext, become_worker
+from actors.fork_server import START_DEADLINE, WorkerContext, become_worker
 from engine.config import RewardsConfig, UserError
 from engine.rewards.contract import Failure, Outcome, RewardFunction, Sample, resolve_all
 from engine.user_code import describe_error
 
-START_DEADLINE = 120.0
-"""Seconds in which a worker must have imported the user's functions."""
 CONSTS.sleep_unit = 0.02
 """Seconds after which pebble looks again for late and dead workers."""
 
