@@ -109,6 +109,8 @@ async def waiting(sample):
         return os.getpid()
     if sample.completion == "raise":
         raise ValueError("no")
+    if sample.completion == "impatient":
+        raise TimeoutError("of its own")
     await asyncio.sleep(600 if sample.completion == "hang" else 0.2)
     return 1.0
 
@@ -296,16 +298,21 @@ def test_a_hanging_sample_ends_at_its_deadline_and_the_others_are_scored(functio
 
 def test_async_calls_are_awaited_at_once_each_with_its_own_deadline() -> None:
     texts = [f"t{i}" for i in range(48)]
-    texts[7], texts[9] = "hang", "raise"
+    texts[7], texts[9], texts[11] = "hang", "raise", "impatient"
     with pool(entry("waiting", timeout=2.0), workers=1) as running:
         running.score(samples("warm"))
         began = time.monotonic()
         scores = running.score(samples(*texts))
         elapsed = time.monotonic() - began
         process = {int(i) for i in only(running.score(samples("pid", "pid", "pid")))}
-    assert scores.dropped == {7: "reward_timeout", 9: "reward_error"}
-    assert [(i["kind"], i["sample_id"]) for i in scores.incidents] == [("reward_error", 109), ("reward_timeout", 107)]
-    assert np.nansum(only(scores)) == 46
+    assert scores.dropped == {7: "reward_timeout", 9: "reward_error", 11: "reward_error"}
+    incidents = {i["sample_id"]: (i["kind"], i["message"].partition(" (")[0]) for i in scores.incidents}
+    assert incidents == {
+        107: ("reward_timeout", "took longer than 2 s"),
+        109: ("reward_error", "ValueError: no"),
+        111: ("reward_error", "TimeoutError: of its own"),
+    }
+    assert np.nansum(only(scores)) == 45
     assert elapsed < 4.0, "one after the other they would take 9.6 s, and none waits for the one that hangs"
     assert len(process) == 1
 

@@ -14,7 +14,8 @@ from engine.rewards.composition import Component, Composition
 from engine.rewards.contract import Sample, Scores
 from engine.roles import Generation, Sampling, SamplingSettings
 from engine.stages.advantage import with_advantages
-from engine.stages.experience import RewardScheme, collect_groups, to_batch
+from engine.stages.experience import Group, RewardScheme, collect_groups, to_batch
+from engine.stages.measures import measures
 
 PROMPT = Prompt((1, 2), "p", {"answer": 4})
 
@@ -170,3 +171,13 @@ def test_without_steps_per_step_values_are_their_sum():
     groups, _, _ = collect([answer()], with_steps([1, 2, 3]), [Component("p")])
     batch = to_batch(groups)
     assert (batch.totals.tolist(), batch.annotations) == ([6.0], {})
+
+
+def test_the_reward_is_logged_in_its_own_units_whatever_it_is_normalised_by():
+    """Normalised in its group every reward has mean 0, which tells nobody whether the policy learns."""
+    answers = [Generation((9,), (-1.0,), (0,), "x", "stop") for _ in range(2)]
+    scored = Scores({"r": np.array([3, 5], np.float32)}, np.full(2, np.nan, np.float32))
+    [composed] = Composition([Component("r", 2.0, normalize="group")]).compose([scored], learn=True)
+    metrics = measures([Group(PROMPT, [0, 1], answers, composed, [[], []])])
+    assert (metrics["reward/mean"], metrics["reward/std"]) == (8.0, 2.0)
+    assert metrics["reward/r/mean"] == 4.0

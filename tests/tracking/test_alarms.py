@@ -118,6 +118,12 @@ CLEAN: dict[str, dict[str, Any]] = {
     "everything gets better": {"reward": RISING, "right": RISING, "gold": RISING, "length": 50 + 10 * RISING},
     "the reward falls, and all else with it": {"reward": FALLING, "right": FALLING, "gold": FALLING},
     "responses grow and bring nothing": {"reward": FLAT, "right": FLAT, "length": RISING * 100},
+    "responses are of any length, at the end longer": {
+        "reward": RISING,
+        "right": RISING,
+        "length": np.where(np.arange(STEPS) % 10 < 5, 1.0, np.where(np.arange(STEPS) < 50, 199.0, 400.0)),
+    },
+    "responses repeat themselves a little more": {"reward": RISING, "right": RISING, "repetition": 0.1 + RISING / 8},
     "a component nobody has an opinion on": {"reward": RISING, "right": RISING},
 }
 
