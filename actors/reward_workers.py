@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as DeadlineError
 from dataclasses import dataclass
 from functools import partial
@@ -72,15 +73,17 @@ class RewardWorkers:
             UserError: a reward function cannot be imported or used as it is.
         """
         try:
-            answer = self._pool.schedule(_describe).result(timeout=START_DEADLINE)
-        except DeadlineError:
+            call = self._pool.schedule(_describe)
+            deadline = time.monotonic() + START_DEADLINE
+            while not call.done() and self.alive and time.monotonic() < deadline:
+                wait([call], timeout=0.2)  # a pool that breaks forgets a call that has just come
+            answer = call.result(timeout=0)
+        except (DeadlineError, RuntimeError):  # a RuntimeError: the pool is broken
             raise UserError(
                 f"rewards.functions: importing the reward functions took longer than {START_DEADLINE:.0f} s; "
                 "move slow work out of the top level of their files"
-            ) from None
-        except RuntimeError:  # the pool is broken
-            raise UserError(
-                "rewards.functions: the process that imports the reward functions dies; run "
+                if self.alive
+                else "rewards.functions: the process that imports the reward functions dies; run "
                 "`python -c 'import ...'` on their modules to see why"
             ) from None
         if isinstance(answer, str):
