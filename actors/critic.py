@@ -28,10 +28,9 @@ from engine.data.batch import Batch
 def critic_config(config: Config) -> Config:
     """The run's configuration as the critic's trainer is to read it."""
     critic = config.critic
-    policy = {"ranks": critic.ranks, "threads": critic.threads, "zero_stage": critic.zero_stage}
     return config.model_copy(
         update={
-            "policy": config.policy.model_copy(update=policy),
+            "policy": config.policy.model_copy(update={"ranks": critic.ranks}),
             "optimizer": config.optimizer.model_copy(update={"learning_rate": critic.learning_rate}),
         }
     )

@@ -161,6 +161,7 @@ class EpisodePlayer:
         try:
             answer = ray.get(getattr(environment, method).remote(*arguments), timeout=deadline)
         except GetTimeoutError:
+            ray.kill(environment, no_restart=False)  # not even its own deadline was kept: Ray starts it anew
             message = f"no answer from {method}() within {deadline:.0f} s"
             raise EpisodeFailedError("environment_timeout", message) from None
         except RayActorError as error:

@@ -5,15 +5,15 @@
     gather          <-------   results, in rank order
 
 `gather` watches all pending calls at once, so one rank's exception surfaces at once even when others hang in a
-collective with it; a deadline that passes names the ranks that are late, the method and the time it took.
+collective with it; a deadline that passes names the ranks that are late, the method and the time it took. Who is waited
+for is asked for a sign of life all the while: a stopped process or a cut-off node is found long before the deadline.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,50 +25,108 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.process import RankInfo, free_port
 from engine.config import UserError
 from engine.data.batch import Batch
+from engine.roles import Report, WorkerLostError
 from engine.schedule.balancing import plan_microbatches
 from engine.schedule.placement import Seat
 
+Arguments = Sequence[tuple[Any, ...]]
+"""What each rank's constructor gets."""
+ASIDE = "aside"
+"""Ray concurrency group of calls that run beside an actor's work: signs of life, writing a checkpoint."""
+PROBE_S = 1.0
+"""How often those are asked for a sign of life who are waited for."""
+
 
 class ActorError(RuntimeError):
-    """An actor raised or died. The message names actor, method and elapsed time."""
+    """An actor raised or died. The message names actor, method and elapsed time; `__cause__` is what it raised."""
 
 
-class ActorDiedError(ActorError):
-    """An actor's process is gone. `reference` is the call that it left unanswered."""
+class BrokenError(RuntimeError):
+    """What an actor raises when it is of no more use, though its process lives. To the controller it has died."""
 
-    def __init__(self, message: str, reference: Any) -> None:
+
+class RaisedError(ActorError):
+    """An actor raised."""
+
+    def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
-        self.reference = reference
+        self.rank = rank
 
 
-class DeadlineError(ActorError):
+class ActorDiedError(ActorError, WorkerLostError):
+    """An actor's process is gone, or as good as gone."""
+
+
+class DeadlineError(ActorError, WorkerLostError):
     """An actor did not answer in time. The message names the late ones, the method and elapsed time."""
 
 
-def as_completed(pending: Mapping[Any, str], method: str, timeout_s: float) -> Iterator[tuple[Any, Any]]:
-    """Yields (reference, result) as calls finish; `pending` maps references to the actors' names.
+def gather(pending: Mapping[Any, tuple[WorkerGroup, int]], method: str, timeout_s: float) -> list[Any]:
+    """All results, in the order of `pending`. Raises as `as_completed` does."""
+    results = dict(as_completed(pending, method, timeout_s))
+    return [results[ref] for ref in pending]
+
+
+def as_completed(
+    pending: Mapping[Any, tuple[WorkerGroup, int]], method: str, timeout_s: float
+) -> Iterator[tuple[Any, Any]]:
+    """Yields (reference, result) as calls finish; `pending` maps references to group and rank.
 
     Raises:
         UserError: the user's input was at fault in the actor.
-        ActorError: an actor raised or died.
+        RaisedError: an actor raised.
+        ActorDiedError: an actor's process died, or gave no sign of life for `timeouts.silence` seconds.
         DeadlineError: not all calls finished within `timeout_s` seconds.
     """
     start = time.monotonic()
     waiting = list(pending)
+    pulse = _Pulse()
     while waiting:
         remaining = timeout_s - (time.monotonic() - start)
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, remaining))
-        if not done:
-            late = ", ".join(pending[ref] for ref in waiting)
-            raise DeadlineError(
-                f"{late}: no answer from {method}() after {time.monotonic() - start:.1f} s "
-                f"(deadline {timeout_s:.0f} s; see the `timeouts` section if it is truly that slow)"
-            )
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=min(PROBE_S, max(0.0, remaining)))
         for ref in done:
-            yield ref, _result(ref, pending[ref], method, start)
+            yield ref, _result(ref, *pending[ref], method, start)
+        late = [pending[ref] for ref in waiting]
+        if not done and remaining <= PROBE_S:
+            group, rank = late[0]
+            raise DeadlineError(
+                f"{', '.join(group.rank_name(rank) for group, rank in late)}: no answer from {method}() after "
+                f"{time.monotonic() - start:.1f} s (deadline {timeout_s:.0f} s; see the `timeouts` section if it is "
+                "truly that slow)",
+                kind="actor_late",
+                group=group.name,
+                rank=rank,
+            )
+        if not done and method != "start":  # which may have to wait for a place first
+            pulse.take(late, method)
 
 
-def _result(ref: Any, name: str, method: str, start: float) -> Any:
+class _Pulse:
+    """Asks actors for a sign of life, beside what they are doing."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[WorkerGroup, int], tuple[Any, float]] = {}
+
+    def take(self, members: Sequence[tuple[WorkerGroup, int]], method: str) -> None:
+        """Ask each of them that has answered; raise ActorDiedError if one has been silent for too long."""
+        for group, rank in dict.fromkeys(members):
+            if group.silence_s is None:
+                continue
+            asked = self._asked.get((group, rank))
+            if asked is None or ray.wait([asked[0]], timeout=0)[0]:  # an error is an answer: the call has it too
+                self._asked[group, rank] = (group.submit(rank, "__ray_ready__", aside=True), time.monotonic())
+            elif time.monotonic() - asked[1] > group.silence_s:
+                raise ActorDiedError(
+                    f"{group.rank_name(rank)}: no sign of life for {time.monotonic() - asked[1]:.1f} s in {method}() "
+                    "(timeouts.silence)",
+                    kind="actor_silent",
+                    group=group.name,
+                    rank=rank,
+                )
+
+
+def _result(ref: Any, group: WorkerGroup, rank: int, method: str, start: float) -> Any:
+    name = group.rank_name(rank)
     try:
         return ray.get(ref, timeout=60)  # already there; the time is for a transfer between hosts
     except RayTaskError as error:
@@ -76,21 +134,19 @@ def _result(ref: Any, name: str, method: str, start: float) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         elapsed = time.monotonic() - start
-        raise ActorError(f"{name}: {method}() raised after {elapsed:.1f} s: {type(cause).__name__}: {cause}") from error
+        message = f"{name}: {method}() raised after {elapsed:.1f} s: {type(cause).__name__}: {cause}"
+        if isinstance(cause, BrokenError):
+            raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from cause
+        raise RaisedError(message, rank) from cause
     except RayActorError as error:
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
-        raise ActorDiedError(f"{name}: died after {elapsed:.1f} s in {method}(): {why}", ref) from error
+        message = f"{name}: died after {elapsed:.1f} s in {method}(): {why}"
+        raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from error
     except RayError as error:  # out of memory, a lost object, an environment that could not be set up
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
         raise ActorError(f"{name}: lost after {elapsed:.1f} s in {method}(): {type(error).__name__}: {why}") from error
-
-
-def gather(pending: Mapping[Any, str], method: str, timeout_s: float) -> list[Any]:
-    """All results, in the order of `pending`. Raises as `as_completed` does."""
-    results = dict(as_completed(pending, method, timeout_s))
-    return [results[ref] for ref in pending]
 
 
 @dataclass(frozen=True)
@@ -115,9 +171,16 @@ class Slots:
 
 
 def rendezvous(slots: Slots, timeout_s: float) -> list[RankInfo]:
-    """Addresses for a process group whose rank 0 will live in the first slot."""
+    """Addresses for a process group whose rank 0 will live in the first slot.
+
+    Raises:
+        ActorError: the slot's node gave none in time.
+    """
     task = ray.remote(_address).options(**slots.options(0), max_retries=0)
-    [(address, port)] = gather({task.remote(): "rendezvous"}, "address", timeout_s)
+    try:
+        address, port = ray.get(task.remote(), timeout=timeout_s)
+    except RayError as error:
+        raise ActorError(f"no address for a process group within {timeout_s:.0f} s: {error}") from error
     return [RankInfo(rank, len(slots.seats), address, port) for rank in range(len(slots.seats))]
 
 
@@ -136,7 +199,8 @@ class Turns:
     def start(self, group: WorkerGroup, timeout_s: float) -> None:
         """Start a group, awake, once the devices are free."""
         self._free()
-        group.call("start", timeout_s=timeout_s, in_turn=False)
+        ranks = range(len(group.actors))
+        gather({group.submit(rank, "start", in_turn=False): (group, rank) for rank in ranks}, "start", timeout_s)
         self._awake = group
 
     def take(self, group: WorkerGroup) -> None:
@@ -145,6 +209,11 @@ class Turns:
             self._free()
             group.call("wake", timeout_s=self._timeout_s, in_turn=False)
             self._awake = group
+
+    def leave(self, group: WorkerGroup) -> None:
+        """The group's processes are gone, and what they held of the devices with them."""
+        if self._awake is group:
+            self._awake = None
 
     def _free(self) -> None:
         if self._awake is not None:
@@ -164,60 +233,120 @@ class WorkerGroup:
         actor_class: type,
         slots: Slots,
         *,
-        arguments: Sequence[tuple[Any, ...]],
+        arguments: Arguments | Callable[[], Arguments],
         env: Mapping[str, str],
         concurrency: int = 1,
         restarts: int = 0,
         turns: Turns | None = None,
+        start_s: float = 600.0,
+        silence_s: float | None = None,
+        replaceable: bool = False,
+        report: Report = lambda incident: None,
     ) -> None:
         """Makes one actor per slot with its own constructor arguments; `start_all` starts them.
 
-        `restarts` is how often Ray itself starts a dead actor's process again (-1: always), without `start`.
+        Args:
+            name: how errors name the group.
+            actor_class: a plain class.
+            slots: where the ranks sit.
+            arguments: what each rank's constructor gets; a function is asked again when the group is built anew.
+            env: environment variables of the processes.
+            concurrency: calls that a rank answers at the same time.
+            restarts: how often Ray itself starts a dead actor's process again (-1: always), without `start`.
+            turns: whom the group shares its devices with.
+            start_s: seconds that starting a rank may take.
+            silence_s: seconds without a sign of life after which a rank counts as dead; None never asks.
+            replaceable: a rank has no state, so that `call` and `scatter` put a new one in a lost one's place and
+                ask it again.
+            report: takes down each replacement.
         """
-        remote: Any = ray.remote(actor_class)
         self.name = name
         self.turns = turns
-        self._make = [
-            partial(
-                remote.options(
-                    **slots.options(rank),
-                    runtime_env={"env_vars": dict(env)},
-                    max_concurrency=concurrency,
-                    max_restarts=restarts,
-                ).remote,
-                *args,
+        self.silence_s = silence_s
+        self.report = report
+        self._start_s = start_s
+        self._replaceable = replaceable
+        self._arguments = arguments
+        make: Any = ray.remote
+        remote = make(concurrency_groups={ASIDE: 2})(actor_class)
+        self._remotes = [
+            remote.options(
+                **slots.options(rank),
+                runtime_env={"env_vars": dict(env)},
+                max_concurrency=concurrency,
+                max_restarts=restarts,
             )
-            for rank, args in enumerate(arguments)
+            for rank in range(len(slots.seats))
         ]
-        self.actors: list[Any] = [make() for make in self._make]
+        self._given = self._own_arguments()
+        self.actors: list[Any] = [make.remote(*own) for make, own in zip(self._remotes, self._given, strict=True)]
 
     def rank_name(self, rank: int) -> str:
         """How errors name a rank."""
         return f"{self.name}[{rank}]"
 
-    def submit(self, rank: int, method: str, *args: Any, in_turn: bool = True, **kwargs: Any) -> Any:
-        """Start one rank's call and return its reference, to be awaited with `as_completed` or `gather`."""
-        if self.turns is not None and in_turn:
-            self.turns.take(self)
-        return getattr(self.actors[rank], method).remote(*args, **kwargs)
+    def submit(
+        self, rank: int, method: str, *args: Any, in_turn: bool = True, aside: bool = False, **kwargs: Any
+    ) -> Any:
+        """Start one rank's call and return its reference, to be awaited with `as_completed` or `gather`.
 
-    def call(self, method: str, *args: Any, timeout_s: float, in_turn: bool = True, **kwargs: Any) -> list[Any]:
-        """The same call on every rank; results in rank order."""
-        ranks = range(len(self.actors))
-        pending = {self.submit(r, method, *args, in_turn=in_turn, **kwargs): self.rank_name(r) for r in ranks}
-        return gather(pending, method, timeout_s)
+        `aside` runs it beside what the rank is doing, without the devices.
+        """
+        if self.turns is not None and in_turn and not aside:
+            self.turns.take(self)
+        call = getattr(self.actors[rank], method)
+        return (call.options(concurrency_group=ASIDE) if aside else call).remote(*args, **kwargs)
+
+    def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
+        """The same call on every rank; results in rank order. Raises as `as_completed` does."""
+        return self._gather(method, [args] * len(self.actors), timeout_s, kwargs)
 
     def scatter(self, method: str, per_rank: Sequence[Any], *, timeout_s: float, **kwargs: Any) -> list[Any]:
         """One argument per rank, and the same keywords for all; results in rank order."""
-        shares = enumerate(per_rank)
-        pending = {self.submit(r, method, arg, **kwargs): self.rank_name(r) for r, arg in shares}
-        return gather(pending, method, timeout_s)
+        return self._gather(method, [(own,) for own in per_rank], timeout_s, kwargs)
 
-    def restart(self, rank: int, timeout_s: float) -> None:
-        """Put a new actor in the place of one that died, and start it."""
+    def _gather(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float, kwargs: Mapping[str, Any]
+    ) -> list[Any]:
+        ranks = range(len(arguments))
+        pending = {self.submit(rank, method, *arguments[rank], **kwargs): (self, rank) for rank in ranks}
+        results: dict[int, Any] = {}
+        while len(results) < len(arguments):
+            missing = {ref: member for ref, member in pending.items() if member[1] not in results}
+            try:
+                for ref, result in as_completed(missing, method, timeout_s):
+                    results[pending[ref][1]] = result
+            except WorkerLostError as error:
+                if not self._replaceable or error.group != self.name:
+                    raise
+                self.replace(error)
+                pending = {ref: member for ref, member in pending.items() if member[1] != error.rank}
+                again = self.submit(error.rank, method, *arguments[error.rank], **kwargs)
+                pending[again] = (self, error.rank)
+        return [results[rank] for rank in ranks]
+
+    def replace(self, error: WorkerLostError) -> None:
+        """Put a new actor in the place of a lost one, and start it; what it is to hold is the caller's matter."""
+        self.report(error.incident("replaced"))
+        self.begin_restart(error.rank)
+        gather({self.submit(error.rank, "start", in_turn=False): (self, error.rank)}, "start", self._start_s)
+
+    def begin_restart(self, rank: int) -> None:
+        """A new actor in a rank's place, not started yet."""
         ray.kill(self.actors[rank])
-        self.actors[rank] = self._make[rank]()
-        gather({self.submit(rank, "start"): self.rank_name(rank)}, "start", timeout_s)
+        self.actors[rank] = self._remotes[rank].remote(*self._given[rank])
+
+    def rebuild(self) -> None:
+        """End all ranks and start new ones."""
+        self.kill()
+        if self.turns is not None:
+            self.turns.leave(self)
+        self._given = self._own_arguments()
+        self.actors = [make.remote(*own) for make, own in zip(self._remotes, self._given, strict=True)]
+        start_all([self], self._start_s)
+
+    def _own_arguments(self) -> Arguments:
+        return self._arguments() if callable(self._arguments) else self._arguments
 
     def kill(self) -> None:
         """End the actors at once."""
@@ -232,8 +361,7 @@ def start_all(groups: Sequence[WorkerGroup], timeout_s: float) -> None:
     """
     together = [group for group in groups if group.turns is None]
     ranks = [(group, rank) for group in together for rank in range(len(group.actors))]
-    pending = {group.submit(rank, "start"): group.rank_name(rank) for group, rank in ranks}
-    gather(pending, "start", timeout_s)
+    gather({group.submit(rank, "start"): (group, rank) for group, rank in ranks}, "start", timeout_s)
     for group in groups:
         if group.turns is not None:
             group.turns.start(group, timeout_s)

@@ -16,6 +16,7 @@ from actors.reward_scorer import ModelScores, RewardScorerGroup
 from engine.config import Config
 from engine.data.batch import Batch
 from engine.rewards.contract import Sample, Scores
+from engine.roles import WorkerLostError
 
 
 class RewardGroup:
@@ -36,20 +37,30 @@ class RewardGroup:
         if self.pool is None:
             self._done.append((key, Scores.without_opinion(len(samples))))
             return
-        self._pending[self.pool.submit(0, "score", list(samples))] = key
+        self._ask_functions(key)
         finished, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
         self._done += self._wait_for(finished)
 
     def collect(self) -> Iterator[tuple[int, Scores]]:
         """Yields (key, scores) of everything submitted, as it is done."""
-        done, self._done = self._done, []
-        samples, self._samples = self._samples, {}
-        values = self._ask_models(samples)
-        for key, scores in [*done, *self._wait_for(list(self._pending))]:
+        values = self._ask_models(self._samples)
+        scored = [*self._done, *self._wait_for(list(self._pending))]
+        samples, self._samples, self._done = self._samples, {}, []
+        for key, scores in scored:
             ids = [sample.id for sample in samples[key]]
             for name, by_group in values.items():
                 scores = scores.plus(name, *by_group[key], ids)
             yield key, scores
+
+    def reset(self) -> None:
+        """Forget what was submitted."""
+        self._pending.clear()
+        self._samples.clear()
+        self._done.clear()
+
+    def _ask_functions(self, key: int) -> None:
+        assert self.pool is not None, "only it runs functions"
+        self._pending[self.pool.submit(0, "score", self._samples[key])] = key
 
     def _ask_models(self, samples: Mapping[int, list[Sample]]) -> dict[str, dict[int, ModelScores]]:
         """Name of each model -> key of each group -> rewards of its samples."""
@@ -65,12 +76,20 @@ class RewardGroup:
         }
 
     def _wait_for(self, refs: Sequence[Any]) -> Iterator[tuple[int, Scores]]:
-        if not refs:
-            return
-        assert self.pool is not None, "only it has calls to wait for"
-        names = dict.fromkeys(refs, self.pool.rank_name(0))
-        for ref, scores in as_completed(names, "score", self.config.timeouts.reward):
-            yield self._pending.pop(ref), scores
+        """Results of calls; a pool that is lost is replaced and asked again for all that it owed."""
+        while refs:
+            assert self.pool is not None, "only it has calls to wait for"
+            try:
+                pending = dict.fromkeys(refs, (self.pool, 0))
+                for ref, scores in as_completed(pending, "score", self.config.timeouts.generate):
+                    yield self._pending.pop(ref), scores
+                return
+            except WorkerLostError as error:
+                self.pool.replace(error)
+                keys = [self._pending.pop(ref) for ref in list(self._pending)]
+                for key in keys:
+                    self._ask_functions(key)
+                refs = list(self._pending)
 
 
 def _to_batch(samples: Sequence[Sample]) -> Batch:

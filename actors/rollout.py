@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from actors.episode import EpisodePlayer
-from actors.group import ActorDiedError, ActorError, WorkerGroup, as_completed, gather
+from actors.group import BrokenError
 from actors.lora_engine import engine_lora_arguments, load_adapter
-from actors.policy import PolicyGroup, ships_adapter
+from actors.policy import ships_adapter
 from actors.process import offloads
 from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
@@ -33,8 +33,6 @@ from engine.roles import Generation, GenerationRequest, SamplingSettings
 
 PREFILL_TOKENS = 4096
 """Tokens that an engine on the CPU takes in one step."""
-MAX_RESTARTS = 3
-"""Engines that a run replaces; the next death ends it."""
 
 
 @dataclass
@@ -126,6 +124,7 @@ class RolloutActor:
         self._played: dict[int, list[Future[Generation]]] = {}
         self._threads = ThreadPoolExecutor(config.rollout.concurrent_samples, thread_name_prefix="episode")
         self._counter = 0
+        self.engine: Any = None
         self._lora: Any = None
         self._error: BaseException | None = None
 
@@ -178,8 +177,8 @@ class RolloutActor:
         """The responses to an admitted prompt, one per seed. Blocks its caller's thread only.
 
         Raises:
-            RuntimeError: the step thread has died.
-            TimeoutError: not all responses were whole within `within_s` seconds; the open ones are aborted.
+            BrokenError: the step thread has died, or not all responses were whole within `within_s` seconds; the open
+                ones are aborted.
         """
         if self._player is not None:
             deadline = time.monotonic() + within_s
@@ -200,7 +199,7 @@ class RolloutActor:
         try:
             for request in requests.values():
                 if not request.done.wait(deadline - time.monotonic()):
-                    raise TimeoutError(f"{len(requests)} samples not finished after {within_s:.0f} s")
+                    raise BrokenError(f"{len(requests)} samples not finished after {within_s:.0f} s")
                 self._check_alive()
             return [request.generation() for request in requests.values()]
         finally:
@@ -227,14 +226,26 @@ class RolloutActor:
             self.version = snapshot.version
         return ack
 
+    def reset(self) -> None:
+        """Forget what is under way, and that any weights were ever loaded."""
+        with self._lock:
+            self._check_alive()
+            self.engine.abort_request(list(self._requests))
+            for request in self._requests.values():
+                request.done.set()
+            self._requests.clear()
+            self._admitted.clear()
+            self._played.clear()
+            self.version = 0 if serves_teacher(self.config) else None
+
     def sleep(self) -> None:
         """Leave the device's memory to others until `wake`: weights to the host, the cache is given up."""
-        if offloads(self.config):
+        if self.engine is not None and offloads(self.config):
             self.engine.sleep(level=1)
 
     def wake(self) -> None:
         """Return to the device."""
-        if offloads(self.config):
+        if self.engine is not None and offloads(self.config):
             self.engine.wake_up()
 
     def _load(self, weights: list[tuple[str, Any]], snapshot: Snapshot) -> None:
@@ -250,7 +261,7 @@ class RolloutActor:
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise RuntimeError(f"the engine's step thread died: {self._error!r}") from self._error
+            raise BrokenError(f"the engine's step thread died: {self._error!r}") from self._error
 
     def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> str:
         from vllm import SamplingParams
@@ -298,118 +309,3 @@ class RolloutActor:
             request.extend(output.outputs[0], self.version)
             if output.finished:
                 request.done.set()
-
-
-class RolloutGroup:
-    """The controller's side of the engines: gives prompts to the least busy one and keeps their weights current.
-
-    Only an engine that acknowledged the current version and its checksum is given prompts. One that dies while it
-    generates is replaced, brought to the current version and given its open prompts again, with the same seeds.
-    """
-
-    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
-        self.config = config
-        self.workers = workers
-        self.policy = policy
-        self.version: int | None = 0 if serves_teacher(config) else None
-        self.restarts = 0
-
-    def publish(self, version: int) -> dict[str, float]:
-        """Bring every engine to the policy's weights under this version; returns timings and sizes.
-
-        Engines that hold this version already are left as they are.
-
-        Raises:
-            ActorError: an engine failed to load them or acknowledged something else.
-        """
-        if version == self.version:
-            return {}
-        start = time.monotonic()
-        snapshot = self.policy.publish(version)
-        packed = time.monotonic()
-        self._load(snapshot, range(len(self.workers.actors)))
-        self.version = version
-        return {
-            "time/publish": time.monotonic() - start,
-            "time/publish_pack": packed - start,
-            "rollout/weight_bytes": float(snapshot.num_bytes),
-            "rollout/weight_version": float(version),
-            "rollout/engine_restarts": float(self.restarts),
-        }
-
-    def generate(
-        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
-    ) -> Iterator[tuple[int, list[Generation]]]:
-        """Yields (key, responses) as each prompt's responses are whole, in any order."""
-        timeout_s = self.config.timeouts.generate
-        ranks = range(len(self.workers.actors))
-        shares: list[list[GenerationRequest]] = [[] for _ in ranks]
-        tokens = [0 for _ in ranks]
-        for request in requests:
-            rank = min(ranks, key=tokens.__getitem__)
-            tokens[rank] += len(request.seeds) * settings.max_new_tokens + len(request.prompt)
-            shares[rank].append(request)
-        open_calls: dict[Any, tuple[int, GenerationRequest]] = {}
-        for rank in ranks:
-            open_calls |= self._admit(rank, shares[rank], settings)
-        deadline = time.monotonic() + timeout_s
-        while open_calls:
-            names = {ref: self.workers.rank_name(rank) for ref, (rank, _) in open_calls.items()}
-            try:
-                for ref, generations in as_completed(names, "generate", deadline - time.monotonic()):
-                    yield open_calls.pop(ref)[1].key, generations
-            except ActorDiedError as error:
-                rank = open_calls[error.reference][0]
-                lost = {ref: request for ref, (r, request) in open_calls.items() if r == rank}
-                self._replace(rank, error)
-                open_calls = {ref: call for ref, call in open_calls.items() if ref not in lost}
-                open_calls |= self._admit(rank, list(lost.values()), settings)
-
-    def _admit(
-        self, rank: int, requests: Sequence[GenerationRequest], settings: SamplingSettings
-    ) -> dict[Any, tuple[int, GenerationRequest]]:
-        """Give prompts to an engine; returns the calls that wait for each one's responses."""
-        timeout_s = self.config.timeouts.generate
-
-        def admit() -> None:
-            call = self.workers.submit(rank, "admit", list(requests), settings, version=self.version)
-            gather({call: self.workers.rank_name(rank)}, "admit", timeout_s)
-
-        try:
-            admit()
-        except ActorDiedError as error:
-            self._replace(rank, error)
-            admit()
-        return {self.workers.submit(rank, "collect", r.key, within_s=timeout_s): (rank, r) for r in requests}
-
-    def _replace(self, rank: int, error: ActorDiedError) -> None:
-        """A new engine in the place of a dead one, at the version that the others serve."""
-        self._restart(rank, error)
-        if not serves_teacher(self.config):
-            assert self.version is not None, "samples were asked for before any weights were published"
-            self._load(self.policy.publish(self.version), [rank])
-
-    def _restart(self, rank: int, error: ActorDiedError) -> None:
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise error
-        self.workers.restart(rank, self.config.timeouts.start)
-
-    def _load(self, snapshot: Snapshot, ranks: Sequence[int]) -> None:
-        """Bring engines to a snapshot, and see that they have it; one that is dead is replaced first.
-
-        Raises:
-            ActorError: one failed to load it or acknowledged something else.
-        """
-        timeout_s = self.config.timeouts.publish
-        calls = {rank: self.workers.submit(rank, "load_weights", snapshot, timeout_s) for rank in ranks}
-        for rank, call in calls.items():
-            name = self.workers.rank_name(rank)
-            try:
-                [ack] = gather({call: name}, "load_weights", timeout_s)
-            except ActorDiedError as error:
-                self._restart(rank, error)
-                again = self.workers.submit(rank, "load_weights", snapshot, timeout_s)
-                [ack] = gather({again: name}, "load_weights", timeout_s)
-            if ack != Ack(snapshot.version, snapshot.checksum):
-                raise ActorError(f"{name}: acknowledged {ack}, not version {snapshot.version}")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from actors.group import Split, WorkerGroup
 from actors.process import RankInfo
 from actors.trainer import Trainable, Trainer
+from actors.trainer_state import Captured
 from engine.config import Config
 from engine.data.batch import Batch
 
@@ -97,6 +98,7 @@ class TrainedActor(ABC):
         self.config = config
         self.info = info
         self.updates = updates
+        self._captured: Captured | None = None
 
     def start(self) -> None:
         """Join the process group and load the model."""
@@ -147,13 +149,21 @@ class TrainedActor(ABC):
         """Write the model in Hugging Face format."""
         self.trainer.save(folder, record)
 
-    def save_state(self, folder: Path) -> None:
-        """Write what training goes on from."""
-        self.trainer.save_state(folder)
+    def capture_state(self) -> None:
+        """Keep a copy of what training goes on from, in memory."""
+        self._captured = self.trainer.state.capture()
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote."""
-        self.trainer.load_state(folder)
+    def write_state(self, folder: str) -> None:
+        """Write the copy, beside the training; it is given up."""
+        assert self._captured is not None, "capture_state comes before write_state"
+        try:
+            self.trainer.state.write(self._captured, folder)
+        finally:
+            self._captured = None
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what `write_state` wrote, on any number of ranks."""
+        self.trainer.state.restore(folder)
 
     def sleep(self) -> None:
         """Leave the device's memory to others until `wake`."""
@@ -170,6 +180,7 @@ class TrainedGroup:
     def __init__(self, config: Config, workers: WorkerGroup) -> None:
         self.config = config
         self.workers = workers
+        self.changes = 0
         self.hidden_size = workers.call("hidden_size", timeout_s=config.timeouts.start)[0]
         pairs = config.stage == "rl" and config.algorithm.trains_pairs
         self._whole_groups = pairs or config.stage in ("preference", "reward_model")
@@ -187,18 +198,23 @@ class TrainedGroup:
             )
             for share, minibatch in zip(self._split(batch).shares(), per_rank, strict=True):
                 minibatch.append(Minibatch(share, *totals))
+        self.changes += 1
         return self.workers.scatter("update", per_rank, timeout_s=self.config.timeouts.update)[0]
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format, whole or not at all."""
         self.workers.call("save", folder, record, timeout_s=self.config.timeouts.publish)
 
-    def save_state(self, folder: Path) -> None:
-        """Write what training goes on from into a folder that every rank reaches."""
-        self.workers.call("save_state", folder, timeout_s=self.config.timeouts.publish)
+    def capture_state(self) -> None:
+        """Keep a copy of what training goes on from, in the ranks' memory."""
+        self.workers.call("capture_state", timeout_s=self.config.timeouts.publish)
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote."""
+    def write_state(self, folder: str) -> None:
+        """Write the copy into a folder or URL that every rank reaches; the training may go on meanwhile."""
+        self.workers.call("write_state", folder, aside=True, timeout_s=self.config.timeouts.publish)
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what `write_state` wrote, on any number of ranks."""
         self.workers.call("load_state", folder, timeout_s=self.config.timeouts.publish)
 
     def _split(self, batch: Batch) -> Split:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from actors.adapters import AdaptedModel
 from actors.process import RankInfo, join_process_group, offloads, seed_everything
+from actors.trainer_state import TrainerState
 from engine.config import Config, OptimizerConfig
 
 
@@ -42,7 +42,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    """AdamW; matrices decay, vectors (norms, biases) do not. Their order is that of `TrainerState`."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -59,10 +59,6 @@ def learning_rate_factor(update: int, *, config: OptimizerConfig, updates: int) 
         return 1.0
     left = max(0.0, 1 - (update - warmup) / max(1, updates - warmup))
     return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-
-STATE_TAG = "trainer"
-"""Sub-folder of a checkpoint that holds the DeepSpeed engine's own files."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,7 @@ class Trainer:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        self.state = TrainerState(self.engine, rank=info.rank, world_size=info.world_size)
 
     def update(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, float] | None:
         """One optimizer update. Each element runs one micro-batch's forward pass and returns its share of the loss.
@@ -214,28 +211,6 @@ class Trainer:
             (unfinished / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-
-    def save_state(self, folder: Path) -> None:
-        """Write everything that training goes on from: weights, optimizer, schedule, random numbers. On all ranks."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine.save_checkpoint(
-                str(folder),
-                tag=STATE_TAG,
-                client_state={"random": torch.get_rng_state()},
-                exclude_frozen_parameters=self.adapter is not None,
-            )
-
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote with the same number of ranks. On all ranks.
-
-        Raises:
-            RuntimeError: there is no such state, or it does not fit.
-        """
-        path, state = self.engine.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=self.adapter is None)
-        if path is None:
-            raise RuntimeError(f"{folder}: no trainer state for {self.info.world_size} ranks")
-        torch.set_rng_state(state["random"])
 
 
 def _valid_generation_config(model: PreTrainedModel) -> GenerationConfig:

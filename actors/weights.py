@@ -75,6 +75,10 @@ class Ack:
     checksum: str
 
 
+class ChecksumError(RuntimeError):
+    """What came is not what was published."""
+
+
 def combine(digests: Iterable[str]) -> str:
     """One checksum out of the buckets' own, in order."""
     return xxhash.xxh3_128(",".join(digests).encode()).hexdigest()
@@ -117,10 +121,10 @@ def receive(snapshot: Snapshot, *, timeout_s: float) -> tuple[list[Bucket], Ack]
     """Fetch a snapshot and checksum what came.
 
     Raises:
-        RuntimeError: the bytes are not those that were published.
+        ChecksumError: the bytes are not those that were published.
     """
     buckets = ray.get(list(snapshot.buckets), timeout=timeout_s)
     checksum = combine(bucket.digest() for bucket in buckets)
     if checksum != snapshot.checksum:
-        raise RuntimeError(f"weights version {snapshot.version} has checksum {checksum}, not {snapshot.checksum}")
+        raise ChecksumError(f"weights version {snapshot.version} has checksum {checksum}, not {snapshot.checksum}")
     return buckets, Ack(snapshot.version, checksum)

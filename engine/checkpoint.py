@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from engine.config import UserError
+from engine.config import Config, UserError
 
 MANIFEST, RESULT = "manifest.json", "result.json"
 PARTIAL = ".partial"
@@ -127,6 +127,11 @@ class Checkpoints:
         for folder in folders:
             if folder not in stay:
                 _discard(folder)
+
+
+def checkpoints_of(config: Config) -> Checkpoints:
+    """Those of a run."""
+    return Checkpoints(config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep)
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

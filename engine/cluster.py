@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.critic import CriticActor, CriticGroup, critic_config
 from actors.environment import EnvironmentActor
-from actors.group import ActorError, Slots, Turns, WorkerGroup, rendezvous, start_all
+from actors.group import ActorError, Arguments, Slots, Turns, WorkerGroup, rendezvous, start_all
 from actors.model_server import ModelServerActor
 from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
@@ -28,9 +28,10 @@ from actors.reward_group import RewardGroup
 from actors.reward_model import RewardModelActor, RewardModelGroup
 from actors.reward_pool import RewardPool
 from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
-from actors.rollout import RolloutActor, RolloutGroup, engine_environment
+from actors.rollout import RolloutActor, engine_environment
+from actors.rollout_group import RolloutGroup
 from engine.config import Config, DeviceRole, ModelRewardConfig, RewardsConfig, ServerConfig, UserError
-from engine.roles import Sampling, Workers
+from engine.roles import Report, Sampling, Workers
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
@@ -159,10 +160,13 @@ def _join(address: str) -> None:
 
 
 @contextlib.contextmanager
-def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Iterator[Workers]:
+def started_workers(
+    config: Config, *, updates: int, annotators: int = 0, report: Report = lambda incident: None
+) -> Iterator[Workers]:
     """Place and start every role of a stage, hand them over ready to use, and end them afterwards.
 
-    `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads.
+    `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads;
+    `report` takes down who was lost and replaced.
 
     Raises:
         UserError: the cluster cannot hold the roles, or a user function does not load.
@@ -170,10 +174,10 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
     """
     config = _with_absolute_paths(config)
     with contextlib.ExitStack() as stack:
-        crew = _Crew(config, stack.enter_context(_placed(config)), stack)
+        crew = _Crew(config, stack.enter_context(_placed(config)), stack, report)
         if "rewards" in crew.slots:
             env = {"OMP_NUM_THREADS": "1"} | _started_servers(crew, stack)
-            crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=256)
+            crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=256, replaceable=True)
             stack.callback(_close, crew.groups["rewards"])
             start_all([crew.groups["rewards"]], config.timeouts.start)
         if config.environment is not None and "environments" in crew.slots:
@@ -193,11 +197,11 @@ def started_workers(config: Config, *, updates: int, annotators: int = 0) -> Ite
         if "critic" in crew.slots:
             crew.make_trained("critic", CriticActor, critic_config(config), updates)
         if "reference" in crew.slots:
-            env = trainer_environment(config.device, config.reference.threads)
-            crew.make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env)
+            env = trainer_environment(config.device, config.policy.threads)
+            crew.make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env, replaceable=True)
         for source in config.rewards.models if config.generates else []:
-            env = trainer_environment(config.device, source.threads)
-            crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env)
+            env = trainer_environment(config.device, config.policy.threads)
+            crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
         started = ("rewards", "environments", *map(_server, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
         yield crew.workers()
@@ -211,11 +215,12 @@ def reward_pool(rewards: RewardsConfig) -> RewardPool:
 class _Crew:
     """The worker groups of a stage, made one by one."""
 
-    def __init__(self, config: Config, slots: dict[str, Slots], stack: contextlib.ExitStack) -> None:
+    def __init__(self, config: Config, slots: dict[str, Slots], stack: contextlib.ExitStack, report: Report) -> None:
         self.config = config
         self.slots = slots
         self.groups: dict[str, WorkerGroup] = {}
         self._stack = stack
+        self._report = report
         self._turns: dict[str, Turns] = {}
         if config.placement.mode == "turns":
             for roles in layout_of(config).sharing:
@@ -225,10 +230,12 @@ class _Crew:
         self,
         name: str,
         actor_class: type,
-        arguments: list[tuple[Any, ...]],
+        arguments: Arguments | Callable[[], Arguments],
         env: dict[str, str],
+        *,
         concurrency: int = 1,
         restarts: int = 0,
+        replaceable: bool = False,
     ) -> None:
         """A group whose actors get these arguments, rank by rank; it is killed at the end."""
         group = WorkerGroup(
@@ -240,21 +247,28 @@ class _Crew:
             concurrency=concurrency,
             restarts=restarts,
             turns=self._turns.get(name),
+            start_s=self.config.timeouts.start,
+            silence_s=self.config.timeouts.silence,
+            replaceable=replaceable,
+            report=self._report,
         )
         self._stack.callback(group.kill)
         self.groups[name] = group
 
     def make_trained(self, name: str, actor_class: type, config: Config, *arguments: Any) -> None:
         """A group whose ranks train one model together."""
-        infos = rendezvous(self.slots[name], config.timeouts.start)
-        env = trainer_environment(config.device, config.policy.threads)
-        self.make(name, actor_class, [(config, info, *arguments) for info in infos], env)
+
+        def own() -> list[tuple[Any, ...]]:
+            return [(config, info, *arguments) for info in rendezvous(self.slots[name], config.timeouts.start)]
+
+        self.make(name, actor_class, own, trainer_environment(config.device, config.policy.threads))
 
     def workers(self) -> Workers:
         """The groups, once they are started, as the stages see them."""
         config, groups = self.config, self.groups
         if "reward_model" in groups:
-            return Workers(reward_model=RewardModelGroup(config, groups["reward_model"]))
+            trained = RewardModelGroup(config, groups["reward_model"])
+            return Workers(reward_model=trained, rebuild=lambda name, all_trained: groups[name].rebuild())
         policy = PolicyGroup(config, groups["policy"])
         sampling = None
         if "rollout" in groups:
@@ -264,12 +278,22 @@ class _Crew:
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
             sampling = Sampling(RolloutGroup(config, groups["rollout"], policy), rewards)
+
+        def rebuild(name: str, all_trained: bool) -> None:
+            trained = {"policy", "critic"} & groups.keys() if all_trained else set[str]()
+            for group in trained | {name} - {"rollout"}:  # engines are replaced one by one
+                groups[group].rebuild()
+            if sampling is not None:
+                sampling.rollouts.reset()
+                sampling.rewards.reset()
+
         reference = groups.get("reference")
         return Workers(
             policy=policy,
             critic=CriticGroup(critic_config(config), groups["critic"]) if "critic" in groups else None,
             reference=ReferenceGroup(config, reference, policy.hidden_size) if reference else None,
             sampling=sampling,
+            rebuild=rebuild,
         )
 
 

@@ -194,8 +194,6 @@ class ModelRewardConfig(Section):
     """How a process reward model's chances of the steps become one number; each rewards every step where it ends."""
     ranks: Count = 1
     """Data-parallel processes."""
-    threads: Count = 1
-    """CPU threads of each process."""
 
 
 class ServerConfig(Section):
@@ -359,10 +357,6 @@ class CriticConfig(Section):
     """A value may move this far from that at the step's start, in units of the return; null does not bound it."""
     ranks: Count = 1
     """Data-parallel processes."""
-    threads: Count = 1
-    """CPU threads of each process."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
 
 
 class RLConfig(Section):
@@ -460,6 +454,13 @@ class CheckpointConfig(Section):
 
     every: Annotated[int, Field(ge=0)] = 0
     """Steps (optimizer updates, in the offline stages) between checkpoints; 0 writes none."""
+    folder: Location = ""
+    """Where they are written: a folder on storage that all machines see, or a URL of a kind that fsspec knows
+    (`s3://...`, with the package for it installed); the run's name is added. Empty is `checkpoints/` in the run's
+    folder."""
+    best: str = ""
+    """Metric of the held-out rows, as in `eval/reward`, whose best model is kept in `best/`; with `-` in front less is
+    better. Empty keeps the last model only."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
 
@@ -489,9 +490,9 @@ class PolicyConfig(Section):
     ranks: Count = 1
     """Data-parallel processes."""
     threads: Count = 1
-    """CPU threads of each process."""
+    """CPU threads of each process that trains a model or scores with one: critic, reference and reward models too."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage, the critic's too."""
     tokens_per_microbatch: Count = 4096
     """Token budget of one packed forward and backward pass."""
 
@@ -504,8 +505,6 @@ class ReferenceConfig(Section):
     """Measure the KL to the starting policy even where nothing depends on it."""
     ranks: Count = 1
     """Data-parallel processes."""
-    threads: Count = 1
-    """CPU threads of each process."""
 
 
 class RolloutConfig(Section):
@@ -568,6 +567,9 @@ class RayConfig(Section):
     """CPUs that Ray reserves for each actor process; fractions share a core."""
     object_store_gib: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] | None = None
     """Object store of a cluster of our own; None leaves it to Ray."""
+    stop_after_incidents: Annotated[int, Field(ge=0)] = 16
+    """Actors that a run loses and replaces (or corrupted weights, failed checkpoints) within 100 steps; one more ends
+    it."""
 
 
 class EnvironmentConfig(Section):
@@ -614,13 +616,13 @@ class TimeoutsConfig(Section):
     start: Positive = 600.0
     """Until the cluster has reserved the actors' resources, and until every actor has loaded its model."""
     generate: Positive = 1800.0
-    """Until all samples of a step are generated."""
-    reward: Positive = 1800.0
-    """Until all samples of a step are scored."""
+    """Until all samples of a step are generated, and until all are scored."""
     update: Positive = 3600.0
     """Until a step's log-probabilities are computed, and until its optimizer updates are done."""
     publish: Positive = 600.0
     """Until new weights are acknowledged by every engine, and until a model or a checkpoint is written."""
+    silence: Positive = 120.0
+    """An actor that is waited for and gives no sign of life for so long is taken for dead."""
 
 
 Stage = Literal["pretrain", "sft", "reward_model", "preference", "distill", "rl"]
@@ -705,8 +707,6 @@ class Config(Section):
 
     def _placement_checks(self) -> list[tuple[bool, str]]:
         mode, roles = self.placement.mode, [role for group in self.placement.groups for role in group]
-        with_critic = self.stage == "rl" and self.algorithm.needs_critic
-        stages = [self.policy.zero_stage, *([self.critic.zero_stage] if with_critic else [])]
         return [
             (
                 mode == "separate" and bool(roles),
@@ -717,9 +717,9 @@ class Config(Section):
                 "placement.groups: a role is named twice; keep it in one group",
             ),
             (
-                mode == "turns" and self.device == "cuda" and 0 in stages,
+                mode == "turns" and self.device == "cuda" and self.policy.zero_stage == 0,
                 "placement.mode: turns on a GPU offloads the trained models through DeepSpeed, which needs ZeRO; set "
-                "policy.zero_stage (and critic.zero_stage) to 1, 2 or 3",
+                "policy.zero_stage to 1, 2 or 3",
             ),
         ]
 

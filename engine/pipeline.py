@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, read_result, write_result
+from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, checkpoints_of, read_result, write_result
 from engine.config import Config, UserError
 from engine.config_file import STAGE_PREFIX, PipelineConfig
 from engine.model_folder import start_folder
@@ -33,12 +31,12 @@ from engine.stages.pretrain import PretrainStage
 from engine.stages.reward_model import RewardModelStage
 from engine.stages.rl import RLStage
 from engine.stages.sft import SFTStage
+from engine.stop_signals import StopSignals
+from engine.tracking.incidents import IncidentLog
 from engine.tracking.redact import redact
 from engine.tracking.tracker import Tracker
 from engine.user_code import importing
 
-CLEAN_UP_S = 15.0
-"""An interrupted run ends within this time."""
 _STAGES: dict[str, Callable[[Config, Workers, Tracker, Plan], Stage]] = {
     "pretrain": PretrainStage,
     "sft": SFTStage,
@@ -79,11 +77,12 @@ def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Re
             aside.rename(folder)
         raise
     with contextlib.ExitStack() as stack:
-        connect = _once(lambda: stack.enter_context(_cluster([stages[name] for name in missing])))
+        signals = StopSignals()
+        connect = _once(lambda: stack.enter_context(_cluster([stages[name] for name in missing], signals)))
         for name, stage in stages.items():
             if name in missing:
                 models = {earlier: result.model for earlier, result in results.items()}
-                results[name] = _run_stage(stage, models, plans.get(name), connect)
+                results[name] = _run_stage(stage, models, plans.get(name), connect, signals)
             if len(stages) > 1:
                 state = "finished" if name in missing else "was finished already"
                 print(f"stage {name} {state}: {results[name].summary()}", flush=True)
@@ -201,15 +200,15 @@ def _finished(config: Config) -> Result | None:
 
 
 @contextlib.contextmanager
-def _cluster(stages: list[Config]) -> Iterator[None]:
+def _cluster(stages: list[Config], signals: StopSignals) -> Iterator[None]:
     """A connection to Ray for these stages, ended in order when signals come."""
     if stages[0].ray.address is None:
         use_private_token()
     # Ray and the actors' libraries, only once the preflight has passed
     from engine.cluster import connected
 
-    with _interruptible() as catch_signals, connected(stages):
-        catch_signals()  # Ray has put its own handler in, which aborts at SIGTERM
+    with signals, connected(stages):
+        signals.catch()  # Ray has put its own handler in, which aborts at SIGTERM
         yield
 
 
@@ -226,23 +225,32 @@ def _once(action: Callable[[], Any]) -> Callable[[], None]:
     return call
 
 
-def _run_stage(given: Config, models: Mapping[str, Path], plan: Plan | None, connect: Callable[[], None]) -> Result:
+def _run_stage(
+    given: Config,
+    models: Mapping[str, Path],
+    plan: Plan | None,
+    connect: Callable[[], None],
+    signals: StopSignals,
+) -> Result:
     """One stage, from its records to its result; the cluster is joined once the first stage's records are open."""
     config = resolved(given, models)
-    plan = plan or prepare(config)
-    checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=config.checkpoint.keep)
+    found = plan or prepare(config)
+    checkpoints = checkpoints_of(config)
     resumed = checkpoints.newest() if config.resume == "auto" else None
     resume_step = _resume_step(config, resumed)
     tracker = Tracker(given, resume_step=resume_step)
     status = "failed"
     try:
-        _note_start(tracker, plan, checkpoints, resumed, begun=resume_step is not None)
+        _note_start(tracker, found, checkpoints, resumed, begun=resume_step is not None)
         connect()
         from engine.cluster import started_workers
 
-        with started_workers(config, updates=plan.updates, annotators=len(plan.annotators)) as workers:
-            stage = _STAGES[config.stage](config, workers, tracker, plan)
-            result = Loop(config, stage, tracker, checkpoints).run(resumed)
+        incidents = IncidentLog(tracker, stop_after=config.ray.stop_after_incidents)
+        with started_workers(
+            config, updates=found.updates, annotators=len(found.annotators), report=incidents.report
+        ) as workers:
+            stage = partial(_STAGES[config.stage], config, workers, tracker, found)
+            result = Loop(config, workers, stage, tracker, checkpoints, incidents, signals).run(resumed)
         write_result(config.run_dir, result.record())
         status = "succeeded"
         return result
@@ -285,32 +293,3 @@ def _note_start(
         tracker.note(f"goes on from the checkpoint of step {resumed.step}")
     elif begun:
         tracker.note("was begun before and left no checkpoint; starts over")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """SIGTERM (a job that is stopped) ends the run as Ctrl-C does; a second signal does not cut the clean-up short.
-
-    Yields what puts the handlers in again, should a library have replaced them.
-    """
-    ignored_until = 0.0
-
-    def interrupt(signum: int, frame: Any) -> None:
-        nonlocal ignored_until
-        if time.monotonic() >= ignored_until:
-            ignored_until = time.monotonic() + CLEAN_UP_S
-            raise KeyboardInterrupt
-
-    def catch_signals() -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in previous:
-                signal.signal(number, interrupt)
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    catch_signals()
-    try:
-        yield catch_signals
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in previous.items():
-                signal.signal(number, handler or signal.SIG_DFL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,6 +11,26 @@ import numpy as np
 
 from engine.data.batch import Batch
 from engine.rewards.contract import Sample, Scores
+from engine.schedule.incidents import Incident
+
+Report = Callable[[Incident], None]
+"""Takes an incident down. Raises when there have been too many."""
+
+
+class WorkerLostError(RuntimeError):
+    """A worker's process is gone, gives no sign of life, or missed a deadline: what it held is lost."""
+
+    def __init__(
+        self, message: str, *, kind: Literal["actor_died", "actor_silent", "actor_late"], group: str, rank: int
+    ) -> None:
+        super().__init__(message)
+        self.kind: Literal["actor_died", "actor_silent", "actor_late"] = kind
+        self.group = group
+        self.rank = rank
+
+    def incident(self, action: str, sample_ids: Sequence[int] = ()) -> Incident:
+        """Its record."""
+        return Incident(self.kind, f"{self.group}[{self.rank}]", action, str(self), tuple(sample_ids))
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,8 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     row: dict[str, Any] = field(default_factory=dict)
     """The data row, for an environment."""
+    sample_ids: tuple[int, ...] = ()
+    """Of its responses, for the record."""
 
 
 class Rollouts(Protocol):
@@ -77,9 +99,15 @@ class Rollouts(Protocol):
         Engines that hold this version already are left as they are.
         """
 
+    def reset(self) -> None:
+        """Forget what is under way and which weights were published."""
+
 
 class Trained(Protocol):
     """What every trained model does."""
+
+    changes: int
+    """How often its weights were set to change."""
 
     def update(self, minibatches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer update per minibatch; returns metrics, `.../skipped_updates` (not finite) among them."""
@@ -87,11 +115,14 @@ class Trained(Protocol):
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format, whole or not at all; a reward model's `record` beside it."""
 
-    def save_state(self, folder: Path) -> None:
-        """Write what training goes on from."""
+    def capture_state(self) -> None:
+        """Keep a copy of what training goes on from, in memory."""
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote."""
+    def write_state(self, folder: str) -> None:
+        """Write the copy into a folder or URL; may be called from another thread while the training goes on."""
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what `write_state` wrote, on any number of ranks."""
 
 
 class Policy(Trained, Protocol):
@@ -140,6 +171,9 @@ class Rewards(Protocol):
     def collect(self) -> Iterator[tuple[int, Scores]]:
         """Yields (key, scores) of everything submitted, as it is done."""
 
+    def reset(self) -> None:
+        """Forget what was submitted."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -163,3 +197,6 @@ class Workers:
     """The starting policy, where the loss needs it and the policy has no frozen weights of its own."""
     sampling: Sampling | None = None
     """Engines and reward functions."""
+    rebuild: Callable[[str, bool], None] = lambda group, all_trained: None
+    """Start this group of workers anew (and all that train), from the models that the run started from, and forget what
+    was under way."""

@@ -92,7 +92,7 @@ STEERED = {"name": "ppo", "kl_target": 1.0}
 STEP = {"reference": "step", "kl_coef": 0.1}
 TWICE = {"rl": {"minibatches_per_step": 2}}
 GROUPS = [["policy", "rollout"]]
-ZERO = {"policy": {"zero_stage": 1}, "critic": {"zero_stage": 1}}
+ZERO = {"policy": {"zero_stage": 1}}
 
 RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # (start of the message, sections that break the rule, the nearest sections that keep it)

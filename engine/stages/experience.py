@@ -94,6 +94,7 @@ def collect_groups(
     seeds: Sequence[tuple[int, ...]],
     settings: SamplingSettings,
     *,
+    step: int | None = None,
     learn: bool = True,
 ) -> list[Group]:
     """Generate and score one response per sample id; groups come back in the order of the prompts.
@@ -102,8 +103,8 @@ def collect_groups(
     compared over time (see `Composition`).
     """
     requests = [
-        GenerationRequest(key, prompt.token_ids, group_seeds, prompt.row)
-        for key, (prompt, group_seeds) in enumerate(zip(prompts, seeds, strict=True))
+        GenerationRequest(key, prompt.token_ids, group_seeds, prompt.row, tuple(ids))
+        for key, (prompt, group_seeds, ids) in enumerate(zip(prompts, seeds, sample_ids, strict=True))
     ]
     generations: dict[int, list[Generation]] = {}
     ends: dict[int, list[list[int]]] = {}
@@ -114,6 +115,8 @@ def collect_groups(
             ends[key] = [scheme.step_ends(generation) for generation in generated]
             texts = [scheme.step_texts(g, e) for g, e in zip(generated, ends[key], strict=True)]
             sampling.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated, texts))
+        if step is not None:
+            tracker.event("phase", step=step, phase="score")
         for key, scored in sampling.rewards.collect():
             scores[key] = _checked(scored, generations[key], ends[key], sample_ids[key])
             _record(tracker, scores[key].incidents)

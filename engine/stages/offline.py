@@ -44,7 +44,7 @@ class OfflineStage(ABC):
         self.scheme = RewardScheme.of(plan)
         self.total_steps = plan.updates
         self.sampler = RowSampler(len(plan.train), seed=config.seed)
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(tracker)
         self._rows_left = plan.rows
 
     def begin(self, step: int) -> None:  # noqa: B027, most stages have nothing to make ready
@@ -54,9 +54,9 @@ class OfflineStage(ABC):
         """One optimizer update."""
         rows = self.sampler.next(min(self.config.training.rows_per_update, self._rows_left))
         self._rows_left -= len(rows)
-        with self.watch.timed("batch"):
+        with self.watch.timed("batch", step):
             batch = self.batch(rows, step)
-        with self.watch.timed("update"):
+        with self.watch.timed("update", step):
             metrics = self.guard.update(self.trained, [batch], step)
         return metrics | {
             "rollout/tokens": float(len(batch.tokens)),

@@ -64,7 +64,7 @@ class RLStage:
             config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
         )
         self.alarms = alarms_of(config, plan)
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(tracker)
 
     def begin(self, step: int) -> None:
         """Bring the engines to the policy's weights."""
@@ -76,13 +76,14 @@ class RLStage:
         metrics = measures(drawn) | {"rollout/epoch": float(self.sampler.epoch)}
         metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         if groups:
-            batch = self._annotate(to_batch(groups))
+            batch = self._annotate(to_batch(groups), step)
             metrics |= self._measure_kl(batch)
             if self.guard.check(batch, step):
                 metrics |= self._learn(batch, step)
         self._settle(metrics)
         if metrics.get("policy/updates", 0) > 0:
-            metrics |= self.sampling.rollouts.publish(step)
+            with self.watch.timed("publish", step):
+                metrics |= self.sampling.rollouts.publish(step)
         self._record(step, drawn)
         for alarm in self.alarms.step(metrics):
             self.tracker.alarm(step, alarm)
@@ -129,7 +130,7 @@ class RLStage:
         rounds_left = 1 + algorithm.dynamic_sampling_rounds
         drawn: list[Group] = []
         accepted: list[Group] = []
-        with self.watch.timed("rollout"):
+        with self.watch.timed("rollout", step):
             while len(accepted) < wanted and rounds_left > 0:
                 rounds_left -= 1
                 for group in self._draw(step, first=len(drawn), count=wanted - len(accepted)):
@@ -151,20 +152,20 @@ class RLStage:
         prompts: list[Prompt] = [self.train_prompts[i] for i in self.sampler.next(count)]
         ids = [self.ledger.admit(samples) for _ in prompts]
         seeds = [sample_seeds(self.config.seed, step, first + i, count=samples) for i in range(count)]
-        return collect_groups(self.sampling, self.tracker, self.scheme, prompts, ids, seeds, self.settings)
+        return collect_groups(self.sampling, self.tracker, self.scheme, prompts, ids, seeds, self.settings, step=step)
 
-    def _annotate(self, batch: Batch) -> Batch:
+    def _annotate(self, batch: Batch, step: int) -> Batch:
         """Log-probs under other weights and values, only where something needs them."""
         config, algorithm = self.config, self.config.algorithm
         start_logp = None
         if config.compares_with_start:
-            with self.watch.timed("reference"):
+            with self.watch.timed("reference", step):
                 start_logp = (self.reference.logprobs if self.reference else self.policy.base_logprobs)(batch)
             batch = batch.annotate(start_logp=start_logp)
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
         later_updates = config.updates_per_step > 1 and not algorithm.trains_pairs
         if in_reward or later_updates or algorithm.reference == "step":
-            with self.watch.timed("old_logp"):
+            with self.watch.timed("old_logp", step):
                 batch = batch.annotate(old_logp=self.policy.logprobs(batch))
         if algorithm.reference == "step":
             batch = batch.annotate(ref_logp=batch.annotations["old_logp"])
@@ -174,7 +175,7 @@ class RLStage:
             sums_B = batch.sum_per_sample(batch.annotations["ref_logp"])
             batch = batch.label(ref_logp=sums_B.astype(np.float32))
         if self.critic is not None:
-            with self.watch.timed("values"):
+            with self.watch.timed("values", step):
                 batch = batch.annotate(values=self.critic.values(batch))
         return batch
 
@@ -191,13 +192,13 @@ class RLStage:
         minibatches = list(self._minibatches(batch, step))
         metrics: dict[str, float] = {}
         if self.critic is not None:
-            with self.watch.timed("critic_update"):
+            with self.watch.timed("critic_update", step):
                 metrics |= self.guard.update(self.critic, minibatches, step)
             mask = batch.loss_mask
             values_T, returns_T = (torch.from_numpy(batch.annotations[name][mask]) for name in ("values", "returns"))
             metrics["critic/explained_variance"] = explained_variance(values_T, returns_T)
         if self.critic is None or step > config.critic.warmup_steps:
-            with self.watch.timed("update"):
+            with self.watch.timed("update", step):
                 metrics |= self.guard.update(self.policy, minibatches, step)
         if step == 1 + config.critic.warmup_steps:
             self._check_first_step(metrics)

@@ -103,6 +103,14 @@ class Tracker:
         if not self.wandb.alert(alarm.kind, f"step {step}: {alarm.message}"):
             self.event("alert_not_sent", step=step, alarm=alarm.kind)
 
+    def go_back(self, step: int) -> None:
+        """Drop metrics and samples of later steps, which are to be made again; -1 drops all. Events stay."""
+        self._metrics.close()
+        drop_later_metrics(self.run_dir / METRICS, step)
+        drop_later_samples(self.run_dir / SAMPLES, step)
+        self._metrics = MetricsLog(self.run_dir / METRICS)
+        self.event("went_back", step=step)
+
     def close(self, status: str) -> None:
         """Record how the run ended ('succeeded', 'failed', 'interrupted'), close every file, finish wandb.
 

@@ -67,7 +67,7 @@ def shared_models(models: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs start a reward actor of their own and take the models that are up, whose weights are version 0 already."""
 
     @contextlib.contextmanager
-    def started_workers(config: Config, **sizes: int) -> Iterator[Workers]:
+    def started_workers(config: Config, **others: Any) -> Iterator[Workers]:
         placement = placement_group([ONE_CPU])
         slots = Slots(placement, [Seat(0, ONE_CPU)])
         pool = WorkerGroup("rewards", RewardPool, slots, arguments=[(config.rewards,)], env={}, concurrency=256)

@@ -45,7 +45,7 @@ def test_two_ranks_of_policy_and_critic_train_like_one_of_each(raw_config):
             "two",
             rl=sizes,
             policy={"ranks": 2, "zero_stage": 2, "tokens_per_microbatch": 128},
-            critic={"ranks": 2, "zero_stage": 2, "learning_rate": 0.01},
+            critic={"ranks": 2, "learning_rate": 0.01},
         )
     )
     assert len(one) == len(two) == 5

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from actors.policy import PolicyActor, PolicyGroup
 from actors.reference import ReferenceActor, ReferenceGroup
 from actors.reward_group import RewardGroup
 from actors.reward_pool import RewardPool
-from actors.rollout import RolloutActor, RolloutGroup, engine_environment
-from engine.checkpoint import Checkpoints
+from actors.rollout import RolloutActor, engine_environment
+from actors.rollout_group import RolloutGroup
+from engine.checkpoint import checkpoints_of
 from engine.cluster import roles_of, trainer_environment
 from engine.config import Config
 from engine.config_file import load_config
@@ -34,6 +36,8 @@ from engine.roles import Sampling, Workers
 from engine.schedule.placement import Seat
 from engine.stages.loop import Loop
 from engine.stages.rl import RLStage
+from engine.stop_signals import StopSignals
+from engine.tracking.incidents import IncidentLog
 from engine.tracking.tracker import Tracker
 from tests.conftest import thorough
 
@@ -62,17 +66,6 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return {**base, **{k: merged(base[k], v) if isinstance(base.get(k), dict) else v for k, v in top.items()}}
 
 
-class LaterRollouts(RolloutGroup):
-    """Engines that have served other runs: weight versions only go up, so this run's come after theirs."""
-
-    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup, *, after: int) -> None:
-        super().__init__(config, workers, policy)
-        self.after = after
-
-    def publish(self, version: int) -> dict[str, float]:
-        return super().publish(self.after + version)
-
-
 @dataclass
 class Served:
     """An engine and a pool that outlive a run."""
@@ -98,8 +91,9 @@ class Served:
             tracker = Tracker(config)
             stack.callback(tracker.close, "succeeded")
             workers = self._workers(config, plan.updates, stack)
-            checkpoints = Checkpoints(config.run_dir / "checkpoints", keep=1)
-            Loop(config, RLStage(config, workers, tracker, plan), tracker, checkpoints).run()
+            stage = partial(RLStage, config, workers, tracker, plan)
+            incidents = IncidentLog(tracker, stop_after=0)
+            Loop(config, workers, stage, tracker, checkpoints_of(config), incidents, StopSignals()).run()
         rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if "reward/mean" in row]
 
@@ -116,7 +110,8 @@ class Served:
                 stack.callback(groups[role.name].kill)
         start_all(list(groups.values()), 120)
         policy = PolicyGroup(config, groups["policy"])
-        rollouts = LaterRollouts(config, self.engines, policy, after=self.runs * 1000)
+        self.engines.call("reset", timeout_s=60)  # they hold another run's weights
+        rollouts = RolloutGroup(config, self.engines, policy)
         reference = groups.get("reference")
         return Workers(
             policy=policy,

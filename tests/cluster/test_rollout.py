@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.group import ActorError
-from actors.rollout import RolloutGroup
+from actors.rollout_group import RolloutGroup
 from engine.cluster import started_workers
 from engine.config import Config
 from engine.data.batch import Batch
@@ -45,10 +45,9 @@ def configure(model, tmp_path, engines: int) -> Config:
 @pytest.fixture(scope="module")
 def workers(tiny_model, tmp_path_factory, ray_session):
     with started_workers(configure(tiny_model, tmp_path_factory.mktemp("rollout"), engines=2), updates=9) as workers:
-        workers.sampling.rollouts.version = 0
+        engines = workers.sampling.rollouts.workers
         with pytest.raises(ActorError, match=r"holds weights version None, not 0"):
-            list(workers.sampling.rollouts.generate([GenerationRequest(0, (7, 8), (1,))], SETTINGS))
-        workers.sampling.rollouts.version = None
+            engines.call("admit", [GenerationRequest(0, (7, 8), (1,))], SETTINGS, version=0, timeout_s=60)
         workers.sampling.rollouts.publish(0)
         yield workers
 
