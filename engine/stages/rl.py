@@ -74,7 +74,6 @@ class RLStage:
         """Generate, score, compare, update, publish."""
         drawn, groups = self._rollout(step)
         metrics = measures(drawn) | {"rollout/epoch": float(self.sampler.epoch)}
-        metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         if groups:
             batch = self._annotate(to_batch(groups), step)
             metrics |= self._measure_kl(batch)
@@ -228,6 +227,8 @@ class RLStage:
         if self.ledger.in_flight:
             self.ledger.drop(self.ledger.in_flight, "not_selected" if learned else "nothing_learned")
         self.ledger.check()
+        metrics |= {"rollout/admitted": float(self.ledger.admitted), "rollout/trained": float(self.ledger.trained)}
+        metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         if learned and "policy/kl_coef" in metrics:
             self.kl.update(
                 metrics["policy/kl_per_sample"], self.config.rl.prompts_per_step * self.config.rl.samples_per_prompt

@@ -1,0 +1,1 @@
+"""Breaking things: real signals to the real processes of real runs."""
