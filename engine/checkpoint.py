@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from engine.config import Config, UserError
+from engine.config import UserError
 
 MANIFEST, RESULT = "manifest.json", "result.json"
 PARTIAL = ".partial"
@@ -41,8 +41,8 @@ _ABSENT = object()
 class Checkpoint:
     """A whole checkpoint on disk."""
 
-    folder: Path
-    """Holds what the ranks wrote."""
+    folder: Path | str
+    """Path or URL of what the ranks wrote."""
     step: int
     """Last step that it contains."""
     state: dict[str, Any]
@@ -77,7 +77,7 @@ class Checkpoints:
         """
         if step < 0:
             raise ValueError(f"step is {step}; it cannot be negative")
-        _check_plain(state, "state")
+        check_plain(state, "state")
         state_text = json.dumps(state)
         target = self.folder / f"step_{step:08d}"
         if target.exists() and _damage(target) is None:
@@ -129,11 +129,6 @@ class Checkpoints:
                 _discard(folder)
 
 
-def checkpoints_of(config: Config) -> Checkpoints:
-    """Those of a run."""
-    return Checkpoints(config.run_dir.absolute() / "checkpoints", keep=config.checkpoint.keep)
-
-
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that differ and change the result: `optimizer.learning_rate: 0.001 -> 0.002`, in alphabetical order.
 
@@ -149,7 +144,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
     Raises ValueError for what JSON cannot hold, OSError when the disk is full; an older record then stays.
     """
-    _check_plain(result, "result")
+    check_plain(result, "result")
     partial = folder / (RESULT + PARTIAL)
     try:
         _write(partial, json.dumps(result, indent=1) + "\n")
@@ -187,7 +182,7 @@ def _finish(folder: Path, step: int, state: dict[str, Any]) -> None:
             files[path.relative_to(folder).as_posix()] = {"bytes": size, "xxh3_128": checksum}
     for path in reversed(folders[1:]):
         _sync(path)
-    _write(folder / MANIFEST, _manifest_text({"step": step, "files": files, "state": state}))
+    _write(folder / MANIFEST, manifest_text({"step": step, "files": files, "state": state}))
     _sync(folder)
 
 
@@ -213,20 +208,24 @@ def _damage(folder: Path, *, contents: bool = True) -> str | None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest that is, byte for byte, as it was written. Raises ValueError for any other, OSError without one."""
-    raw = (folder / MANIFEST).read_bytes()
+    """A folder's manifest. Raises as `parse_manifest`, OSError without one."""
+    return parse_manifest((folder / MANIFEST).read_bytes())
+
+
+def parse_manifest(raw: bytes) -> dict[str, Any]:
+    """A manifest that is, byte for byte, as it was written. Raises ValueError for any other."""
     try:
         manifest = json.loads(raw)
     except ValueError:
         manifest = None
     if isinstance(manifest, dict):
         manifest.pop("xxh3_128", None)
-        if _manifest_text(manifest).encode() == raw:
+        if manifest_text(manifest).encode() == raw:
             return manifest
     raise ValueError(f"{MANIFEST}: is torn, or was changed")
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
+def manifest_text(manifest: dict[str, Any]) -> str:
     """The one way to write a manifest: its checksum, then its content."""
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
     return json.dumps({"xxh3_128": checksum, **manifest}, indent=1) + "\n"
@@ -278,7 +277,7 @@ def _step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str) -> None:
     """Raise ValueError unless json.loads(json.dumps(value)) gives the same: no tuples, arrays or keys but strings.
 
     NaN and infinities pass: Python's json writes and reads them.
@@ -287,10 +286,10 @@ def _check_plain(value: Any, where: str) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where} has the key {key!r}; keys in JSON are strings")
-            _check_plain(item, f"{where}.{key}")
+            check_plain(item, f"{where}.{key}")
     elif isinstance(value, list):
         for position, item in enumerate(value):
-            _check_plain(item, f"{where}[{position}]")
+            check_plain(item, f"{where}[{position}]")
     elif not (value is None or isinstance(value, bool | int | float | str)):
         raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold as it is")
 

@@ -42,6 +42,21 @@ def run(
 
 
 @app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, whether it runs or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show how far a run is, what it is doing, what went wrong and what it can go on from."""
+    import json
+    from dataclasses import asdict
+
+    from engine.tracking.status import status_of
+
+    found = status_of(folder)
+    print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines()))
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an `rl` run.")]) -> None:
     """Show how a run's rewards moved with the KL, which of them were over-optimised, and the alarms it had."""
     from rich.console import Console

@@ -17,12 +17,13 @@ from typing import Any
 
 import yaml
 
-from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, checkpoints_of, read_result, write_result
+from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, read_result, write_result
 from engine.config import Config, UserError
 from engine.config_file import STAGE_PREFIX, PipelineConfig
 from engine.model_folder import start_folder
 from engine.plan import Plan, prepare
 from engine.ray_token import use_private_token
+from engine.remote_checkpoints import RemoteCheckpoints, checkpoints_of
 from engine.roles import Workers
 from engine.stages.distill import DistillStage
 from engine.stages.loop import Loop, Result, Stage
@@ -280,7 +281,7 @@ def _has_measured(folder: Path) -> bool:
 
 
 def _note_start(
-    tracker: Tracker, plan: Plan, checkpoints: Checkpoints, resumed: Checkpoint | None, begun: bool
+    tracker: Tracker, plan: Plan, checkpoints: Checkpoints | RemoteCheckpoints, resumed: Checkpoint | None, begun: bool
 ) -> None:
     for reason in plan.skipped:
         tracker.event("row_skipped", reason=reason)

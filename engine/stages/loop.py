@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import Config, UserError
+from engine.remote_checkpoints import RemoteCheckpoints
 from engine.roles import Trained, WorkerLostError, Workers
 from engine.stages.saving import Saver
 from engine.stop_signals import StopSignals
@@ -116,7 +117,7 @@ class Loop:
         workers: Workers,
         make_stage: Callable[[], Stage],
         tracker: Tracker,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | RemoteCheckpoints,
         incidents: IncidentLog,
         signals: StopSignals,
     ) -> None:
@@ -164,6 +165,7 @@ class Loop:
             stage.load_state(resumed.state["stage"])
         self._best = resumed.state["best"] if resumed else None
         self._changes = self._changes_now()
+        self.tracker.event("training", step=first, total=total)
         stage.begin(first)
         before = resumed.state["before"] if resumed else self._evaluate(0)
         with Progress(stage.name, total, start=first) as progress:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from engine.checkpoint import Checkpoints
+from engine.remote_checkpoints import RemoteCheckpoints
 from engine.roles import Report, Trained
 from engine.schedule.incidents import Incident
 
@@ -21,7 +22,7 @@ from engine.schedule.incidents import Incident
 class Saver:
     """Writes one checkpoint at a time."""
 
-    def __init__(self, checkpoints: Checkpoints, report: Report, *, timeout_s: float) -> None:
+    def __init__(self, checkpoints: Checkpoints | RemoteCheckpoints, report: Report, *, timeout_s: float) -> None:
         """`timeout_s` is how long a checkpoint may take to be written."""
         self.checkpoints = checkpoints
         self.report = report

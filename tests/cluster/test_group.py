@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import ray
 
-from actors.group import ActorError, DeadlineError, Slots, WorkerGroup, start_all
+from actors.group import ActorDiedError, ActorError, BrokenError, DeadlineError, Slots, WorkerGroup, start_all
 from engine.config import UserError
+from engine.schedule.incidents import Incident
 from engine.schedule.placement import Seat
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -35,6 +39,18 @@ class Worker:
     def hang(self) -> None:
         time.sleep(600 if self.rank == 1 else 0)
 
+    def pid(self) -> int:
+        return os.getpid()
+
+    def die_once(self, mark: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            Path(mark).unlink()
+            os._exit(3)
+        return self.rank
+
+    def break_down(self) -> None:
+        raise BrokenError("the device fell off")
+
     def die(self) -> None:
         if self.rank == 1:
             os._exit(3)
@@ -44,9 +60,9 @@ class Worker:
         raise UserError("data.train: mend the rows")
 
 
-def make_group(placement, arguments=((0,), (1,))) -> WorkerGroup:
+def make_group(placement, arguments=((0,), (1,)), **options) -> WorkerGroup:
     slots = Slots(placement, [Seat(rank, {"CPU": 1}) for rank in range(2)])
-    return WorkerGroup("worker", Worker, slots, arguments=arguments, env={})
+    return WorkerGroup("worker", Worker, slots, arguments=arguments, env={}, **options)
 
 
 @pytest.fixture
@@ -98,3 +114,65 @@ def test_the_users_mistakes_come_back_as_such(placement):
     start_all([group], 60)
     with pytest.raises(UserError, match=r"^data\.train: mend the rows$"):
         group.call("complain", timeout_s=60)
+
+
+def test_a_rank_without_state_is_replaced_and_asked_again(placement, tmp_path):
+    incidents: list[Incident] = []
+    group = make_group(placement, replaceable=True, report=incidents.append)
+    start_all([group], 60)
+    mark = tmp_path / "mark"
+    mark.touch()
+    assert sorted(group.call("die_once", str(mark), timeout_s=60)) == [0, 1]
+    assert [(i.kind, i.action) for i in incidents] == [("actor_died", "replaced")]
+
+
+def test_a_rank_that_is_given_up_on_ends_the_call_that_waits_for_it(placement):
+    def give_up(incident: Incident) -> None:
+        raise RuntimeError("too many")
+
+    group = make_group(placement, replaceable=True, report=give_up)
+    start_all([group], 60)
+    with pytest.raises(RuntimeError, match="too many"):
+        group.call("die", timeout_s=60)
+
+
+def test_a_stopped_process_is_found_by_its_silence_long_before_the_deadline(placement):
+    incidents: list[Incident] = []
+    group = make_group(placement, replaceable=True, silence_s=3.0, report=incidents.append)
+    start_all([group], 60)
+    os.kill(group.call("pid", timeout_s=60)[1], signal.SIGSTOP)
+    start = time.monotonic()
+    assert group.call("double", 5, timeout_s=300) == [10, 11]
+    assert time.monotonic() - start < 60
+    [incident] = incidents
+    assert (incident.kind, incident.actor) == ("actor_silent", "worker[1]")
+    assert "no sign of life for" in incident.message
+
+
+def test_a_long_call_is_not_silence(placement):
+    group = make_group(placement, silence_s=1.5)
+    start_all([group], 60)
+    with pytest.raises(DeadlineError):
+        group.call("hang", timeout_s=6)
+
+
+def test_an_actor_that_says_it_is_broken_counts_as_dead(placement):
+    group = make_group(placement)
+    start_all([group], 60)
+    with pytest.raises(ActorDiedError, match="the device fell off"):
+        group.call("break_down", timeout_s=60)
+
+
+def test_a_group_that_is_built_anew_asks_for_its_arguments_again(placement):
+    asked: list[int] = []
+
+    def arguments() -> list[tuple[int]]:
+        asked.append(len(asked))
+        return [(10 * len(asked),), (10 * len(asked) + 1,)]
+
+    group = make_group(placement, arguments)
+    start_all([group], 60)
+    before = group.call("pid", timeout_s=60)
+    group.rebuild()
+    assert group.call("double", 0, timeout_s=60) == [20, 21]
+    assert not set(before) & set(group.call("pid", timeout_s=60))

@@ -26,12 +26,12 @@ from actors.reward_group import RewardGroup
 from actors.reward_pool import RewardPool
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
-from engine.checkpoint import checkpoints_of
 from engine.cluster import roles_of, trainer_environment
 from engine.config import Config
 from engine.config_file import load_config
 from engine.plan import prepare
 from engine.presets import PRESETS
+from engine.remote_checkpoints import checkpoints_of
 from engine.roles import Sampling, Workers
 from engine.schedule.placement import Seat
 from engine.stages.loop import Loop
