@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -143,10 +143,13 @@ def _result(ref: Any, group: WorkerGroup, rank: int, method: str, start: float) 
         why = " ".join(str(error).split())
         message = f"{name}: died after {elapsed:.1f} s in {method}(): {why}"
         raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from error
-    except RayError as error:  # out of memory, a lost object, an environment that could not be set up
+    except RayError as error:  # out of memory, a result that was lost with its node, an environment that was not set up
         elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
-        raise ActorError(f"{name}: lost after {elapsed:.1f} s in {method}(): {type(error).__name__}: {why}") from error
+        message = f"{name}: lost after {elapsed:.1f} s in {method}(): {type(error).__name__}: {why}"
+        if isinstance(error, RuntimeEnvSetupError):
+            raise ActorError(message) from error
+        raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from error
 
 
 @dataclass(frozen=True)

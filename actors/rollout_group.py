@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ray.exceptions import RayError
+
 from actors.group import ActorError, RaisedError, WorkerGroup, as_completed, gather
 from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
@@ -208,7 +210,7 @@ class RolloutGroup:
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
                 self._lose(error)
             except RaisedError as error:
-                if not isinstance(error.__cause__, ChecksumError):
+                if not isinstance(error.__cause__, ChecksumError | RayError):  # a bit lost, or all of it with its node
                     raise
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
                 name = self.workers.rank_name(error.rank)

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from engine.tracking.jsonl import read_rows
+from engine.tracking.status import status_of
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
@@ -66,6 +69,7 @@ def head() -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
     }
     gcs, dashboard, agent, client = free_ports(4)
     options = {
@@ -117,10 +121,24 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(tree, timeout=30)
 
 
-def submit(head: Head, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Submit a run of the quickstart's configuration and wait for its end."""
+def submit(head: Head, name: str, *overrides: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    """Submit a run of the quickstart's configuration and, unless told not to, wait for its end."""
     run = ["python", "-m", "engine", "run", "examples/quickstart/quickstart.yaml", *overrides]
-    return head.job("submit", "--submission-id", name, "--working-dir", str(ROOT), "--", *run)
+    options = [] if wait else ["--no-wait"]
+    return head.job("submit", "--submission-id", name, "--working-dir", str(ROOT), *options, "--", *run)
+
+
+def wait_for(what: str, reached: Callable[[], bool]) -> None:
+    """Poll until something is so."""
+    end = time.monotonic() + 200
+    while not reached():
+        assert time.monotonic() < end, f"not reached: {what}"
+        time.sleep(0.2)
+
+
+def ended(head: Head, name: str) -> bool:
+    """Whether a job is over."""
+    return any(state in head.job("status", name).stdout.upper() for state in ("SUCCEEDED", "FAILED", "STOPPED"))
 
 
 @pytest.fixture
@@ -163,3 +181,53 @@ def test_a_submitted_run_that_fails_is_a_failed_job_with_an_exit_code(head: Head
     status = head.job("status", "bad").stdout
     assert "FAILED" in status.upper()
     assert "exit code 2" in status
+
+
+def test_a_job_that_is_stopped_has_saved_its_last_step_and_goes_on_when_it_is_submitted_again(
+    head: Head, overrides: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "quickstart"
+    longer = [*overrides, "rl={steps: 60, prompts_per_step: 2, samples_per_prompt: 2}", "checkpoint.every=1000"]
+
+    def steps() -> list[int]:
+        return [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if "time/step" in row]
+
+    submit(head, "stopped", *longer, wait=False)
+    wait_for("step 3", lambda: len(steps()) >= 3)
+    head.job("stop", "stopped")
+    assert "STOPPED" in head.job("status", "stopped").stdout.upper()
+    logs = head.job("logs", "stopped").stdout
+    assert "is saved; the same command goes on from there" in logs, logs
+    assert (status_of(run_dir).state, status_of(run_dir).checkpoints) == ("interrupted", [steps()[-1]])
+    assert len(steps()) < 60
+
+    again = submit(head, "again", *longer)
+    assert again.returncode == 0, again.stdout
+    assert "goes on from the checkpoint of step" in again.stdout
+    assert steps() == list(range(1, 61))
+
+
+def test_two_runs_on_one_cluster_do_not_disturb_each_other(head: Head, overrides: list[str], tmp_path: Path) -> None:
+    names = ("left", "right")
+    for name in names:
+        submit(
+            head,
+            name,
+            *overrides,
+            f"name={name}",
+            "rl={steps: 3, prompts_per_step: 2, samples_per_prompt: 2}",
+            wait=False,
+        )
+    for name in names:
+        wait_for(f"the end of {name}", lambda: ended(head, name))  # noqa: B023
+        assert "SUCCEEDED" in head.job("status", name).stdout.upper(), head.job("logs", name).stdout
+    left, right = (
+        [
+            {key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in read_rows(tmp_path / "runs" / name / "metrics.jsonl")
+        ]
+        for name in names
+    )
+    assert left == right, "the same run, whoever else is there"
+    for name in names:
+        assert not [row for row in read_rows(tmp_path / "runs" / name / "events.jsonl") if row["kind"] == "incident"]
