@@ -32,6 +32,12 @@ PARTIAL = ".partial"
 CHUNK_BYTES = 2**24
 NO_INFLUENCE = frozenset({"tracking", "timeouts", "ray", "placement", "checkpoint", "resume", "output_dir", "name"})
 """Settings that may change between the two halves of a run: the result does not depend on them."""
+ROUNDING_ONLY = frozenset(
+    {"policy.ranks", "policy.threads", "policy.zero_stage", "policy.tokens_per_microbatch", "critic.ranks"}
+    | {"reference.ranks", "rollout.engines", "rollout.threads", "rollout.kv_cache_gib", "rollout.concurrent_samples"}
+    | {"rewards.workers"}
+)
+"""Settings that may change too, by which the result differs in the order of sums alone."""
 
 _NAME = re.compile(r"step_(\d{8,})")
 _ABSENT = object()
@@ -133,8 +139,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that differ and change the result: `optimizer.learning_rate: 0.001 -> 0.002`, in alphabetical order.
 
     Both are configurations as `config.model_dump(mode="json")` gives them, secrets masked, since values are shown.
-    Not compared is what has no influence on the result: `tracking`, `timeouts`, `ray`, `checkpoint`, `resume`,
-    `output_dir`, `name`.
+    Not compared is what has no influence on the result, `NO_INFLUENCE` and `ROUNDING_ONLY`.
     """
     return list(_differences(_influential(old), _influential(new), ""))
 
@@ -295,7 +300,13 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def _influential(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in NO_INFLUENCE}
+    return {
+        section: {key: item for key, item in value.items() if f"{section}.{key}" not in ROUNDING_ONLY}
+        if isinstance(value, dict)
+        else value
+        for section, value in settings.items()
+        if section not in NO_INFLUENCE
+    }
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterable[str]:

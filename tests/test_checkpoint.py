@@ -429,6 +429,8 @@ def test_settings_without_influence_on_the_result_may_change() -> None:
         resume="never",
         output_dir="elsewhere",
         name="other",
+        policy={"ranks": 2, "zero_stage": 3},
+        rollout={"engines": 4, "kv_cache_gib": 2.0},
     )
     assert changed_settings(dumped(), new) == []
 

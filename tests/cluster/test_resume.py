@@ -17,7 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from engine import pipeline
-from engine.config import Config
+from engine.config import Config, UserError
+from engine.stages.loop import Result
+from tests.conftest import thorough
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 STEPS = 5
@@ -65,6 +67,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
+def tensors(result: Result) -> dict[str, Any]:
+    """The saved model."""
+    return load_file(result.model / "model.safetensors")
+
+
 def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
     """Run as a job on the session's cluster, and kill that once a checkpoint and a step more are there."""
     config = folder / "run.yaml"
@@ -86,7 +93,7 @@ def run_and_kill(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _has_passed_a_checkpoint(run: Path) -> bool:
-    if not list((run / "checkpoints").glob("step_*[0-9]")):
+    if not [*run.glob("checkpoints/step_*[0-9]"), *run.parent.glob("kept/killed/step_*/manifest.json")]:
         return False
     steps = [
         json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
@@ -130,8 +137,51 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(variant, tiny_model, t
 
     assert metrics(killed / "killed") == metrics(whole / "killed")
     assert (resumed.before, resumed.after) == (never_killed.before, never_killed.after)
-    ours, theirs = (load_file(result.model / "model.safetensors") for result in (resumed, never_killed))
+    ours, theirs = tensors(resumed), tensors(never_killed)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
     events = [json.loads(line) for line in (killed / "killed" / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["kind"] == "run_resumed"] in ([EVERY], [2 * EVERY])
+
+
+TWO = {"tokens_per_microbatch": 256, "ranks": 2, "zero_stage": 2}
+ONE = {"tokens_per_microbatch": 256}
+
+
+@pytest.mark.parametrize(("first", "second"), [(TWO, ONE), *thorough((ONE, TWO))], ids=["two to one", "one to two"])
+def test_a_run_goes_on_with_another_number_of_ranks_from_a_url(first, second, tiny_model, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    never_killed = pipeline.run(Config.model_validate(configure("sft", whole, tiny_model, policy=first)))
+    url = f"file://{killed}/kept"
+    raw = configure("sft", killed, tiny_model, policy=first, checkpoint={"every": EVERY, "keep": 1, "folder": url})
+    run_and_kill(raw, killed)
+    resumed = pipeline.run(Config.model_validate(raw | {"policy": second}))
+
+    for ours, theirs in zip(metrics(killed / "killed"), metrics(whole / "killed"), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("train/loss", "eval/nll"):
+            assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), abs=1e-5)
+    ours, theirs = tensors(resumed), tensors(never_killed)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
+
+
+def test_the_best_model_is_kept_beside_the_last(tiny_model, tmp_path):
+    raw = configure("sft", tmp_path, tiny_model, evaluation={"every": 1})
+    raw["checkpoint"] = {"best": "-eval/nll"}
+    raw["optimizer"]["learning_rate"] = 0.3  # it gets better and worse again
+    pipeline.run(Config.model_validate(raw))
+    run = tmp_path / "killed"
+    measured = {row["step"]: row["eval/nll"] for row in metrics(run) if "eval/nll" in row}
+    best = json.loads((run / "best.json").read_text())
+    assert best == {"step": best["step"], "metric": "eval/nll", "value": min(measured.values())}
+    assert measured[best["step"]] == best["value"] < measured[STEPS]
+    kept = pipeline.run(Config.model_validate(raw | {"name": "again", "model": {"path": str(run / "best")}}))
+    assert kept.before["eval/nll"] == pytest.approx(best["value"], abs=1e-5)
+
+
+def test_a_best_that_is_not_measured_is_told(tiny_model, tmp_path):
+    raw = configure("sft", tmp_path, tiny_model) | {"checkpoint": {"best": "eval/reward"}}
+    with pytest.raises(UserError, match=r"checkpoint.best: eval/reward is not measured; .* eval/nll, "):
+        pipeline.run(Config.model_validate(raw))
