@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test chaos check clean
 
 quickstart: $(STAMP)
 	@test -d $(MODEL) || $(BIN)/python examples/quickstart/model.py $(MODEL)
@@ -17,6 +17,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check
