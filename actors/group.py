@@ -202,8 +202,7 @@ class Turns:
     def start(self, group: WorkerGroup, timeout_s: float) -> None:
         """Start a group, awake, once the devices are free."""
         self._free()
-        ranks = range(len(group.actors))
-        gather({group.submit(rank, "start", in_turn=False): (group, rank) for rank in ranks}, "start", timeout_s)
+        group.call("start", timeout_s=timeout_s, in_turn=False)
         self._awake = group
 
     def take(self, group: WorkerGroup) -> None:
@@ -320,7 +319,7 @@ class WorkerGroup:
                 for ref, result in as_completed(missing, method, timeout_s):
                     results[pending[ref][1]] = result
             except WorkerLostError as error:
-                if not self._replaceable or error.group != self.name:
+                if not self._replaceable or error.group != self.name or method == "start":
                     raise
                 self.replace(error)
                 pending = {ref: member for ref, member in pending.items() if member[1] != error.rank}

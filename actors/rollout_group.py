@@ -19,9 +19,10 @@ from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
 from actors.weights import Ack, ChecksumError, Snapshot
 from engine.config import Config
-from engine.roles import Generation, GenerationRequest, SamplingSettings, WorkerLostError
+from engine.roles import Generation, GenerationRequest, Record, SamplingSettings, WorkerLostError
 from engine.schedule.fleet import Fleet
 from engine.schedule.incidents import Incident
+from engine.schedule.ledger import spans
 
 Calls = dict[Any, tuple[int, GenerationRequest]]
 """Reference of a call -> engine and the prompt whose responses it waits for."""
@@ -30,11 +31,14 @@ Calls = dict[Any, tuple[int, GenerationRequest]]
 class RolloutGroup:
     """Engines that come and go."""
 
-    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
-        """The workers are started."""
+    def __init__(
+        self, config: Config, workers: WorkerGroup, policy: PolicyGroup, record: Record = lambda kind, **fields: None
+    ) -> None:
+        """The workers are started; `record` takes down what is decided."""
         self.config = config
         self.workers = workers
         self.policy = policy
+        self.record = record
         self.fleet = Fleet(len(workers.actors))
         self.restarts = 0
         self._starting: dict[Any, int] = {}
@@ -138,6 +142,8 @@ class RolloutGroup:
                 self._lose(error, share)
                 left += share
                 continue
+            ids = spans(sample for request in share for sample in request.sample_ids)
+            self.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
             for request in share:
                 calls[self.workers.submit(rank, "collect", request.key, within_s=within_s)] = (rank, request)
         return left
@@ -204,6 +210,7 @@ class RolloutGroup:
                         name = self.workers.rank_name(rank)
                         raise ActorError(f"{name}: acknowledged {ack}, not version {snapshot.version}")
                     self.fleet.acknowledged(rank, snapshot.version)
+                    self.record("serves", engine=rank, version=snapshot.version, checksum=snapshot.checksum)
             except WorkerLostError as error:
                 if error.group != self.workers.name:
                     raise

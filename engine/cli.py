@@ -14,6 +14,7 @@ server = typer.Typer(no_args_is_help=True, help="Serve parts of a run over HTTP.
 app.add_typer(server, name="serve")
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+SHOWN_DIFFERENCES = 10
 
 
 @app.callback()
@@ -54,6 +55,24 @@ def status(
 
     found = status_of(folder)
     print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines()))
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    name: Annotated[
+        str | None, typer.Option(help="Of the new run; by default with -replay behind the old name.")
+    ] = None,
+) -> None:
+    """Run a finished run again and compare decisions and metrics, bit for bit."""
+    from engine.replay import replay as run_again
+
+    found = run_again(folder, name)
+    if found.differences:
+        shown = "\n".join(found.differences[:SHOWN_DIFFERENCES])
+        print(f"{len(found.differences)} differences from {found.folder}:\n{shown}", file=sys.stderr)
+        raise typer.Exit(FAILURE)
+    print(f"{found.steps} steps, {found.decisions} decisions: all as before, bit for bit ({found.folder})")
 
 
 @app.command()

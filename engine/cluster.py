@@ -31,7 +31,7 @@ from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
 from engine.config import Config, DeviceRole, ModelRewardConfig, RewardsConfig, ServerConfig, UserError
-from engine.roles import Report, Sampling, Workers
+from engine.roles import Record, Report, Sampling, Workers
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
@@ -161,12 +161,17 @@ def _join(address: str) -> None:
 
 @contextlib.contextmanager
 def started_workers(
-    config: Config, *, updates: int, annotators: int = 0, report: Report = lambda incident: None
+    config: Config,
+    *,
+    updates: int,
+    annotators: int = 0,
+    report: Report = lambda incident: None,
+    record: Record = lambda kind, **fields: None,
 ) -> Iterator[Workers]:
     """Place and start every role of a stage, hand them over ready to use, and end them afterwards.
 
     `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads;
-    `report` takes down who was lost and replaced.
+    `report` takes down who was lost and replaced, `record` what the engines' scheduler decided.
 
     Raises:
         UserError: the cluster cannot hold the roles, or a user function does not load.
@@ -204,7 +209,7 @@ def started_workers(
             crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
         started = ("rewards", "environments", *map(_server, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
-        yield crew.workers()
+        yield crew.workers(record)
 
 
 def reward_pool(rewards: RewardsConfig) -> RewardPool:
@@ -263,7 +268,7 @@ class _Crew:
 
         self.make(name, actor_class, own, trainer_environment(config.device, config.policy.threads))
 
-    def workers(self) -> Workers:
+    def workers(self, record: Record) -> Workers:
         """The groups, once they are started, as the stages see them."""
         config, groups = self.config, self.groups
         if "reward_model" in groups:
@@ -277,7 +282,7 @@ class _Crew:
                 for source in config.rewards.models
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
-            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy), rewards)
+            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy, record), rewards)
 
         def rebuild(name: str, all_trained: bool) -> None:
             trained = {"policy", "critic"} & groups.keys() if all_trained else set[str]()

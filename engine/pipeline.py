@@ -247,9 +247,8 @@ def _run_stage(
         from engine.cluster import started_workers
 
         incidents = IncidentLog(tracker, stop_after=config.ray.stop_after_incidents)
-        with started_workers(
-            config, updates=found.updates, annotators=len(found.annotators), report=incidents.report
-        ) as workers:
+        sizes = {"updates": found.updates, "annotators": len(found.annotators)}
+        with started_workers(config, **sizes, report=incidents.report, record=tracker.event) as workers:
             stage = partial(_STAGES[config.stage], config, workers, tracker, found)
             result = Loop(config, workers, stage, tracker, checkpoints, incidents, signals).run(resumed)
         write_result(config.run_dir, result.record())

@@ -17,6 +17,13 @@ Report = Callable[[Incident], None]
 """Takes an incident down. Raises when there have been too many."""
 
 
+class Record(Protocol):
+    """Takes down what was decided."""
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """As an event of this kind."""
+
+
 class WorkerLostError(RuntimeError):
     """A worker's process is gone, gives no sign of life, or missed a deadline: what it held is lost."""
 

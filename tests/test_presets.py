@@ -92,7 +92,6 @@ STEERED = {"name": "ppo", "kl_target": 1.0}
 STEP = {"reference": "step", "kl_coef": 0.1}
 TWICE = {"rl": {"minibatches_per_step": 2}}
 GROUPS = [["policy", "rollout"]]
-ZERO = {"policy": {"zero_stage": 1}}
 
 RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # (start of the message, sections that break the rule, the nearest sections that keep it)
@@ -203,13 +202,8 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "placement.mode: turns on a GPU offloads the trained models through DeepSpeed, which needs ZeRO",
-        {"placement": {"mode": "turns"}, "device": "cuda", "algorithm": "ppo"} | ZERO | {"critic": {}},
-        {"placement": {"mode": "turns"}, "device": "cuda", "algorithm": "ppo"} | ZERO,
-    ),
-    (
-        "placement.mode: turns on a GPU offloads the trained models through DeepSpeed, which needs ZeRO",
-        {"placement": {"mode": "turns"}, "device": "cuda"} | ZERO | {"policy": {}},
-        {"placement": {"mode": "turns"}, "device": "cuda"} | ZERO | {"critic": {}},
+        {"placement": {"mode": "turns"}, "device": "cuda", "algorithm": "ppo"},
+        {"placement": {"mode": "turns"}, "device": "cuda", "algorithm": "ppo", "policy": {"zero_stage": 1}},
     ),
 ]
 

@@ -78,6 +78,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ from engine.stages.experience import Group, RewardScheme, collect_groups, to_bat
 from engine.stages.loop import Loop
 from engine.stages.rl import RLStage
 from engine.stages.sft import SFTStage
+from engine.stop_signals import StopSignals
+from engine.tracking.incidents import IncidentLog
 from engine.tracking.tracker import Tracker
 
 ELSEWHERE = re.findall(r"(\S+\.py)::(\w+)", __doc__)
@@ -131,6 +134,8 @@ def batch_of(lens: list[int]) -> Batch:
 
 class Model:
     """A model in training, as a stage sees it: it keeps what it was given, and its values are 0."""
+
+    changes = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -334,7 +339,10 @@ def test_the_last_small_batch_trains_and_the_model_is_saved_after_it(tiny_model,
     plan = prepare(config)
     model: Any = Model("train")
     tracker = Tracker(config)
-    Loop(config, SFTStage(config, Workers(policy=model), tracker, plan), tracker, Checkpoints(tmp_path, keep=1)).run()
+    workers = Workers(policy=model)
+    stage = partial(SFTStage, config, workers, tracker, plan)
+    incidents, signals = IncidentLog(tracker, stop_after=0), StopSignals()
+    Loop(config, workers, stage, tracker, Checkpoints(tmp_path, keep=1), incidents, signals).run()
     tracker.close("succeeded")
     assert [len(batch) for batch in model.seen] == sizes
     assert model.saved == [len(sizes)]

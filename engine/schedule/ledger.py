@@ -13,6 +13,19 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+TRAINED = "trained"
+
+
+def spans(ids: Iterable[int]) -> str:
+    """Numbers in short, for the record: `0-15,32`."""
+    parts: list[list[int]] = []
+    for number in sorted(int(i) for i in ids):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
 
 class SampleLedger:
     """Counts samples so that none is lost: admitted == trained + dropped + in flight, always."""
@@ -22,6 +35,7 @@ class SampleLedger:
         self._in_flight: set[int] = set()
         self.trained = 0
         self.dropped: Counter[str] = Counter()
+        self._news: dict[str, list[int]] = {}
 
     @property
     def admitted(self) -> int:
@@ -42,11 +56,16 @@ class SampleLedger:
 
     def train(self, sample_ids: Iterable[int]) -> None:
         """These samples were part of an optimizer update."""
-        self.trained += self._settle(sample_ids)
+        self.trained += self._settle(sample_ids, TRAINED)
 
     def drop(self, sample_ids: Iterable[int], reason: str) -> None:
         """These samples will not be trained, for this reason."""
-        self.dropped[reason] += self._settle(sample_ids)
+        self.dropped[reason] += self._settle(sample_ids, reason)
+
+    def news(self) -> dict[str, str]:
+        """What became of samples since the last call: `trained`, or why they were dropped -> their ids (`spans`)."""
+        news, self._news = self._news, {}
+        return {outcome: spans(ids) for outcome, ids in news.items()}
 
     def check(self) -> None:
         """Assert the account.
@@ -71,10 +90,11 @@ class SampleLedger:
         self.dropped = Counter(state["dropped"])
         self.check()
 
-    def _settle(self, sample_ids: Iterable[int]) -> int:
+    def _settle(self, sample_ids: Iterable[int], outcome: str) -> int:
         ids = [int(i) for i in sample_ids]
         unknown = [i for i in ids if i not in self._in_flight]
         assert not unknown, f"samples settled before, or never admitted: {unknown}"
         assert len(set(ids)) == len(ids), f"samples settled twice at once: {ids}"
         self._in_flight.difference_update(ids)
+        self._news.setdefault(outcome, []).extend(ids)
         return len(ids)

@@ -24,7 +24,7 @@ from engine.data.prompts import Prompt
 from engine.data.sampler import RowSampler
 from engine.plan import Plan
 from engine.roles import SamplingSettings, Trained, Workers
-from engine.schedule.ledger import SampleLedger
+from engine.schedule.ledger import SampleLedger, spans
 from engine.stages.advantage import with_advantages
 from engine.stages.evaluation import evaluate_answers
 from engine.stages.experience import Group, RewardScheme, collect_groups, no_reward_error, sample_seeds, to_batch
@@ -79,7 +79,7 @@ class RLStage:
             metrics |= self._measure_kl(batch)
             if self.guard.check(batch, step):
                 metrics |= self._learn(batch, step)
-        self._settle(metrics)
+        self._settle(metrics, step)
         if metrics.get("policy/updates", 0) > 0:
             with self.watch.timed("publish", step):
                 metrics |= self.sampling.rollouts.publish(step)
@@ -148,8 +148,10 @@ class RLStage:
     def _draw(self, step: int, *, first: int, count: int) -> list[Group]:
         """The next `count` prompts' groups; the step has drawn `first` before them."""
         samples = self.config.rl.samples_per_prompt
-        prompts: list[Prompt] = [self.train_prompts[i] for i in self.sampler.next(count)]
+        rows = self.sampler.next(count)
+        prompts: list[Prompt] = [self.train_prompts[i] for i in rows]
         ids = [self.ledger.admit(samples) for _ in prompts]
+        self.tracker.event("admitted", step=step, rows=rows, sample_ids=spans(i for group in ids for i in group))
         seeds = [sample_seeds(self.config.seed, step, first + i, count=samples) for i in range(count)]
         return collect_groups(self.sampling, self.tracker, self.scheme, prompts, ids, seeds, self.settings, step=step)
 
@@ -221,12 +223,13 @@ class RLStage:
                 if len(part):
                     yield batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
 
-    def _settle(self, metrics: dict[str, float]) -> None:
+    def _settle(self, metrics: dict[str, float], step: int) -> None:
         """Every sample of the step is trained, or dropped for a reason, when it ends; the KL's weight follows it."""
         learned = self._learned(metrics)
         if self.ledger.in_flight:
             self.ledger.drop(self.ledger.in_flight, "not_selected" if learned else "nothing_learned")
         self.ledger.check()
+        self.tracker.event("settled", step=step, samples=self.ledger.news())
         metrics |= {"rollout/admitted": float(self.ledger.admitted), "rollout/trained": float(self.ledger.trained)}
         metrics |= {f"rollout/dropped/{reason}": float(n) for reason, n in self.ledger.dropped.items()}
         if learned and "policy/kl_coef" in metrics:

@@ -13,7 +13,7 @@ from tests.chaos.outcome import Outcome, lost_samples, nothing_left
 from tests.chaos.runs import Observed
 from tests.chaos.workshop import PROMPTS, SAMPLES, Workshop
 
-STEPS = 80
+STEPS = {"rl": 200, "sft": 1000, "preference": 600}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"number {i}", "completion": "one two"[: 3 + i % 4]} for i in range(12)],
     "preference": [{"prompt": f"the quick {i}", "chosen": " brown fox", "rejected": " lazy dog"} for i in range(12)],
@@ -27,28 +27,25 @@ def killed_jobs(workshop: Workshop, times: int, chance: random.Random) -> list[O
 
 def _killed_job(workshop: Workshop, stage: str, times: int, chance: random.Random) -> Outcome:
     whole, killed = _job(workshop, stage, "whole"), _job(workshop, stage, "killed")
-    begun = time.monotonic()
     whole.start()
     assert whole.wait(600) == 0, whole.tail()
-    longest = time.monotonic() - begun
-    seconds = []
-    for _ in range(times):
-        killed.start()
+    training = sum(row["time/step"] for row in whole.rows())
+    seconds: list[float] = []
+    while len(seconds) < times:
         furthest = killed.furthest()
-        killed.wait_until(lambda: killed.furthest() != furthest or furthest == 0, 300, "the run goes on")  # noqa: B023
-        time.sleep(chance.uniform(0, longest / 6))
-        if killed.furthest() == STEPS:
-            break
+        killed.start()
         start = time.monotonic()
-        killed.kill()
+        killed.wait_until(lambda: killed.furthest() not in (0, furthest), 300, "the run goes on")  # noqa: B023
         seconds.append(time.monotonic() - start)
+        time.sleep(chance.uniform(0, training / times))
+        killed.kill()
     killed.start()
     assert killed.wait(600) == 0, killed.tail()
     assert _metrics(killed) == _metrics(whole), f"{stage}: the metrics differ"
     ours, theirs = (load_file(run.run_dir / "model" / "model.safetensors") for run in (killed, whole))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours), f"{stage}: the weights differ"
-    lost = lost_samples(killed, STEPS) if stage == "rl" else 0
+    lost = lost_samples(killed, STEPS[stage]) if stage == "rl" else 0
     resumed = [event["step"] for event in killed.events("run_resumed")]
     notes = [f"resumed at steps {', '.join(map(str, resumed))}; bit for bit as the unbroken run", *nothing_left()]
     return Outcome(f"kill -9 of the job, {stage}", len(seconds), seconds, lost, notes)
@@ -57,12 +54,12 @@ def _killed_job(workshop: Workshop, stage: str, times: int, chance: random.Rando
 def _job(workshop: Workshop, stage: str, name: str) -> Observed:
     changes: dict[str, Any] = {"optimizer": {"learning_rate": 0.005, "schedule": "cosine"}}
     if stage == "rl":
-        changes["rl"] = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
+        changes["rl"] = {"steps": STEPS[stage], "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
     else:
         rows = workshop.folder / f"{stage}.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[stage]))
         changes |= {"stage": stage, "data": {"train": str(rows), "evaluation": str(rows)}}
-        changes |= {"training": {"updates": STEPS, "rows_per_update": 4, "max_length": 64}}
+        changes |= {"training": {"updates": STEPS[stage], "rows_per_update": 4, "max_length": 64}}
         changes |= {"algorithm": {}, "rewards": {}}
     return workshop.run(f"{stage}-{name}", checkpoint={"every": 3}, **changes)
 

@@ -34,3 +34,14 @@ def test_a_sample_that_vanishes_is_noticed():
     ledger._in_flight.discard(1)
     with pytest.raises(AssertionError, match="admitted 2"):
         ledger.check()
+
+
+def test_what_became_of_samples_is_told_once():
+    ledger = SampleLedger()
+    ids = ledger.admit(9)
+    ledger.train(ids[:4])
+    ledger.drop([ids[8], ids[6]], "reward_error")
+    assert ledger.news() == {"trained": "0-3", "reward_error": "6,8"}
+    assert ledger.news() == {}
+    ledger.drop(ids[4:6], "reward_error")
+    assert ledger.news() == {"reward_error": "4-5"}
