@@ -49,8 +49,9 @@ class Life:
 class Observer:
     """Looks at the processes of a run until it is closed."""
 
-    def __init__(self, run: Observed) -> None:
+    def __init__(self, run: Observed, steps: int) -> None:
         self.run = run
+        self.steps = steps
         self.lives: dict[int, Life] = defaultdict(lambda: Life("controller"))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -74,6 +75,8 @@ class Observer:
                     memory, files = process.memory_full_info().uss / 2**20, process.num_fds()
                 except psutil.Error:
                     continue
+                if step >= self.steps:
+                    return  # what a run frees on its way out is no slope
                 life = self.lives[process.pid]
                 life.role = role
                 life.steps.append(step)
@@ -93,7 +96,7 @@ def soak(workshop: Workshop, steps: int, chance: random.Random) -> list[Outcome]
     run.start()
     run.wait_until(lambda: run.furthest() >= 1, 300, "the first step")
     faults = 0
-    with Observer(run) as observer:
+    with Observer(run, steps) as observer:
         for step in range(EVERY, steps - 10, EVERY):
             run.wait_until(lambda: run.furthest() >= step, 600, f"step {step}")  # noqa: B023
             strike(run, Fault("kill", ROLES[faults % len(ROLES)], "generate"), chance, workshop.switches)
