@@ -45,13 +45,18 @@ def replay(run_dir: Path, name: str | None = None) -> Comparison:
     """
     again = _configuration(run_dir, name or f"{run_dir.name}-replay")
     pipeline.run(again)
-    old, new = (list(_decisions(folder)) for folder in (run_dir, again.run_dir))
+    return compare(run_dir, again.run_dir)
+
+
+def compare(run_dir: Path, again: Path) -> Comparison:
+    """Decisions and metrics of two runs."""
+    old, new = list(_decisions(run_dir)), list(_decisions(again))
     differences = [f"decision {a} became {b}" for a, b in zip(old, new, strict=False) if a != b]
     if len(old) != len(new):
         differences.append(f"{len(old)} decisions became {len(new)}")
-    rows = [_metrics(folder) for folder in (run_dir, again.run_dir)]
-    differences += list(_different_metrics(*rows))
-    return Comparison(again.run_dir, sum("time/step" in row for row in rows[0]), len(old), differences)
+    before, after = read_rows(run_dir / METRICS), read_rows(again / METRICS)
+    differences += _different_metrics(before, after)
+    return Comparison(again, sum("time/step" in row for row in before), len(old), differences)
 
 
 def _configuration(run_dir: Path, name: str) -> Config:
@@ -82,10 +87,6 @@ def _decisions(run_dir: Path) -> Iterator[dict[str, Any]]:
             held.append({key: value for key, value in event.items() if key != "time"})
     for _, held in sorted(by_step.items()):
         yield from held
-
-
-def _metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return read_rows(run_dir / METRICS)
 
 
 def _different_metrics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Iterator[str]:

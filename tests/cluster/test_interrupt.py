@@ -130,7 +130,7 @@ def assert_ended_in_order(run: Running, seconds: float) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("number", [signal.SIGINT, *thorough(signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
 def test_a_signal_during_training_ends_the_run_and_every_process_of_it(
     running: Running, number: signal.Signals
 ) -> None:

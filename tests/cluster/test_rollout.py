@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 
 from actors.group import ActorError
 from actors.rollout_group import RolloutGroup
 from engine.cluster import started_workers
 from engine.config import Config
 from engine.data.batch import Batch
-from engine.roles import GenerationRequest, SamplingSettings, Workers
+from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
+from engine.schedule.incidents import Incident
 from tests.cluster.conftest import random_batch
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -52,9 +55,13 @@ def workers(tiny_model, tmp_path_factory, ray_session):
         yield workers
 
 
-def generate(workers: Workers, seeds=(1, 2, 3)) -> Batch:
+def answers(workers: Workers, seeds=(1, 2, 3)) -> dict[int, list[Generation]]:
     requests = [GenerationRequest(key, prompt, seeds) for key, prompt in enumerate(PROMPTS)]
-    by_key = dict(workers.sampling.rollouts.generate(requests, SETTINGS))
+    return dict(workers.sampling.rollouts.generate(requests, SETTINGS))
+
+
+def generate(workers: Workers, seeds=(1, 2, 3)) -> Batch:
+    by_key = answers(workers, seeds)
     assert sorted(by_key) == list(range(len(PROMPTS)))
     samples = [(prompt, g) for key, prompt in enumerate(PROMPTS) for g in by_key[key]]
     return Batch(
@@ -131,6 +138,49 @@ def test_a_late_sample_is_aborted_and_leaves_the_engine_usable(workers):
     actor.call("admit", late, SETTINGS, version=workers.sampling.rollouts.version, timeout_s=60)
     with pytest.raises(ActorError, match="samples not finished after 0 s"):
         actor.call("collect", 0, within_s=0.001, timeout_s=60)
+    assert mismatch(workers, generate(workers)) < 1e-4
+
+
+def test_weights_that_lost_a_bit_are_told_and_published_again(workers, monkeypatch):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    incidents: list[Incident] = []
+    publish, tampered = rollouts.policy.publish, []
+
+    def lose_a_bit(version: int):
+        snapshot = publish(version)
+        if not tampered:
+            tampered.append(version)
+            return replace(snapshot, checksum="0" * 32)
+        return snapshot
+
+    monkeypatch.setattr(rollouts.policy, "publish", lose_a_bit)
+    monkeypatch.setattr(rollouts.workers, "report", incidents.append)
+    rollouts.publish(rollouts.version + 1)
+    assert {incident.kind for incident in incidents} == {"weights_corrupted"}
+    assert rollouts.fleet.serving() == [0, 1]
+    assert mismatch(workers, generate(workers)) < 1e-4
+
+
+def test_an_engine_that_dies_leaves_its_prompts_to_the_other_and_comes_back(workers, monkeypatch):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    incidents: list[Incident] = []
+    monkeypatch.setattr(rollouts.workers, "report", incidents.append)
+    expected = {g.token_ids for group in answers(workers).values() for g in group}
+    requests = [GenerationRequest(k, p, (1, 2), sample_ids=(2 * k, 2 * k + 1)) for k, p in enumerate(PROMPTS)]
+    going = rollouts.generate(requests, SETTINGS)
+    first = next(going)
+    ray.kill(rollouts.workers.actors[0])
+    rest = dict([first, *going])
+    assert sorted(rest) == list(range(len(PROMPTS)))
+    assert {g.token_ids for group in rest.values() for g in group} <= expected, "the same seeds, the same tokens"
+    rollouts.publish(rollouts.version + 1)
+    assert 1 in rollouts.fleet.serving(), "nobody waits for the new engine"
+    end = time.monotonic() + 200
+    while rollouts.fleet.serving() != [0, 1]:
+        assert time.monotonic() < end, "it did not come back"
+        rollouts.publish(rollouts.version + 1)
+        time.sleep(0.5)
+    assert all(incident.kind == "actor_died" and incident.actor == "rollout[0]" for incident in incidents)
     assert mismatch(workers, generate(workers)) < 1e-4
 
 
