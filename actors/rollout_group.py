@@ -92,11 +92,9 @@ class RolloutGroup:
             except WorkerLostError as error:
                 if error.group != self.workers.name:
                     raise
-                held = {ref: request for ref, (rank, request) in calls.items() if rank == error.rank}
-                for ref in held:
-                    del calls[ref]
-                self._lose(error, list(held.values()))
-                waiting += held.values()
+                held = _taken_back(calls, error.rank)
+                self._lose(error, held)
+                waiting += held
                 deadline = time.monotonic() + self.config.timeouts.generate
 
     def reset(self) -> None:
@@ -139,8 +137,9 @@ class RolloutGroup:
             except WorkerLostError as error:
                 if error.group != self.workers.name:
                     raise
-                self._lose(error, share)
-                left += share
+                held = [*share, *_taken_back(calls, rank)]
+                self._lose(error, held)
+                left += held
                 continue
             ids = spans(sample for request in share for sample in request.sample_ids)
             self.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
@@ -223,6 +222,11 @@ class RolloutGroup:
                 name = self.workers.rank_name(error.rank)
                 self.workers.report(Incident("weights_corrupted", name, "published again", str(error)))
                 snapshot = self.policy.publish(snapshot.version)
+
+
+def _taken_back(calls: Calls, rank: int) -> list[GenerationRequest]:
+    """The prompts that an engine had, whose calls nobody waits for any more."""
+    return [calls.pop(ref)[1] for ref in [ref for ref, (holder, _) in calls.items() if holder == rank]]
 
 
 def _tokens(request: GenerationRequest, settings: SamplingSettings) -> int:

@@ -109,7 +109,7 @@ def test_any_truncation_or_flipped_bit_is_found_and_the_one_before_taken(tmp_pat
     files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]
     assert [path.name for path in files] == ["manifest.json", "model.bin", "model.bin"]
     chance = random.Random(0)
-    for case in range(60):
+    for case in range(100):
         path = files[case % 3]
         whole = path.read_bytes()
         damaged = bytearray(whole)

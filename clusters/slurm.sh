@@ -1,7 +1,7 @@
 #!/bin/bash
 # A run on SLURM: Ray is started on the nodes of the job, and the run on the first of them.
 #
-#   sbatch examples/cluster/slurm.sh my_run.yaml checkpoint.every=10
+#   sbatch clusters/slurm.sh my_run.yaml checkpoint.every=10
 #
 # Two minutes before the time is over (or when the job is pre-empted) the run saves its last step, and the job is queued
 # again; it then goes on from there. Change the sizes, and VENV, which all nodes must see.

@@ -22,7 +22,7 @@ from actors.process import free_port
 from engine.tracking.jsonl import read_rows
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples" / "cluster"
+CLUSTERS = ROOT / "clusters"
 Text = dict[str, str]
 
 
@@ -145,7 +145,7 @@ class RayJob(Strict):
 
 @pytest.fixture
 def job() -> dict[str, Any]:
-    return yaml.safe_load((EXAMPLES / "rayjob.yaml").read_text())
+    return yaml.safe_load((CLUSTERS / "rayjob.yaml").read_text())
 
 
 def test_kuberays_types_accept_the_job(job: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_the_slurm_script_runs_ray_and_the_run_and_queues_the_job_again_at_sigte
     log = tmp_path / "log.txt"
     with log.open("w") as file:
         script = subprocess.Popen(
-            ["bash", str(EXAMPLES / "slurm.sh"), str(tmp_path / "run.yaml")],
+            ["bash", str(CLUSTERS / "slurm.sh"), str(tmp_path / "run.yaml")],
             cwd=ROOT,
             env=env,
             stdout=file,
