@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from actors.group import Split, WorkerGroup
+from actors.group import WorkerGroup
 from actors.process import offloads
+from actors.split import Split
 from engine.config import Config
 from engine.data.batch import Batch
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from actors.group import Split, WorkerGroup
+from actors.group import WorkerGroup
 from actors.process import RankInfo
+from actors.split import Split
 from actors.trainer import Trainable, Trainer
 from actors.trainer_state import Captured
 from engine.config import Config

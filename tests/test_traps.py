@@ -89,10 +89,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from actors.group import Split
 from actors.packed_model import PackedRow
 from actors.policy import PolicyActor
 from actors.process import RankInfo
+from actors.split import Split
 from actors.weights import pack
 from engine.algorithms.advantages import whiten
 from engine.algorithms.off_policy import importance_weights

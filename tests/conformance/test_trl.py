@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.group import Split
+from actors.split import Split
 from engine.cluster import started_workers
 from engine.config import Config
 from engine.data.batch import Batch
