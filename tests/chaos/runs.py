@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
+LAST_BYTES = 2**15
 ACTORS = {
     "policy": "PolicyActor",
     "critic": "CriticActor",
@@ -74,7 +75,7 @@ class Observed:
             code = self.process.poll()
             assert code is None, f"the run ended with {code} before {what}:\n{self.tail()}"
             assert time.monotonic() < end, f"not within {timeout_s:.0f} s: {what}\n{self.tail()}"
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def tail(self) -> str:
         """The last it said."""
@@ -85,8 +86,14 @@ class Observed:
         return [row for row in read(self.run_dir / "metrics.jsonl") if "time/step" in row]
 
     def furthest(self) -> int:
-        """The last step that is recorded."""
-        return max((row["step"] for row in self.rows()), default=0)
+        """The last step that is recorded; only the end of the file is read."""
+        path = self.run_dir / "metrics.jsonl"
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            rows = parsed(file.read())
+        return max((row["step"] for row in rows if "time/step" in row), default=0)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Of one kind."""
@@ -97,10 +104,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Whole JSON lines of a file that may be growing."""
     if not path.is_file():
         return []
+    return parsed(path.read_bytes())
+
+
+def parsed(content: bytes) -> list[dict[str, Any]]:
+    """The whole JSON objects among some lines."""
     found = []
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+            row = json.loads(line)
+            found += [row] if isinstance(row, dict) else []
     return found
 
 
