@@ -150,10 +150,10 @@ def test_a_stopped_process_is_found_by_its_silence_long_before_the_deadline(plac
 
 
 def test_a_long_call_is_not_silence(placement):
-    group = make_group(placement, silence_s=1.5)
+    group = make_group(placement, silence_s=4.0)
     start_all([group], 60)
     with pytest.raises(DeadlineError):
-        group.call("hang", timeout_s=6)
+        group.call("hang", timeout_s=9)
 
 
 def test_an_actor_that_says_it_is_broken_counts_as_dead(placement):
