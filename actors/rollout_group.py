@@ -102,7 +102,7 @@ class RolloutGroup:
         self.fleet.expect(None)
         for rank in self.fleet.stale():
             try:
-                call = self.workers.submit(rank, "reset", in_turn=False)
+                call = self.workers.submit(rank, "reset", aside=True)  # others may be waiting in it
                 gather({call: (self.workers, rank)}, "reset", self.config.timeouts.publish)
             except WorkerLostError as error:
                 self._lose(error)

@@ -35,6 +35,9 @@ from engine.roles import Record, Report, Sampling, Workers
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
+WAITING = 64
+"""Calls of the controller that wait inside an engine or the reward functions' process at the same time; further ones queue.
+Each has a thread, and each thread of such a process comes to hold about 50 KB for good."""
 CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
 
@@ -182,7 +185,7 @@ def started_workers(
         crew = _Crew(config, stack.enter_context(_placed(config)), stack, report)
         if "rewards" in crew.slots:
             env = {"OMP_NUM_THREADS": "1"} | _started_servers(crew, stack)
-            crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=256, replaceable=True)
+            crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=WAITING, replaceable=True)
             stack.callback(_close, crew.groups["rewards"])
             start_all([crew.groups["rewards"]], config.timeouts.start)
         if config.environment is not None and "environments" in crew.slots:
@@ -193,7 +196,7 @@ def started_workers(
             env = engine_environment(config.device, config.rollout.threads)
             environments = crew.groups["environments"].actors if "environments" in crew.groups else []
             arguments = [(config, environments)] * config.rollout.engines
-            crew.make("rollout", RolloutActor, arguments, env, concurrency=1024)
+            crew.make("rollout", RolloutActor, arguments, env, concurrency=WAITING)
         if "reward_model" in crew.slots:
             crew.make_trained("reward_model", RewardModelActor, config, updates, annotators)
         else:
