@@ -36,8 +36,8 @@ from engine.schedule.placement import Layout, Role, lay_out, shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
 WAITING = 64
-"""Calls of the controller that wait inside an engine or the reward functions' process at the same time; further ones queue.
-Each has a thread, and each thread of such a process comes to hold about 50 KB for good."""
+"""Calls of the controller that wait in an engine or the reward functions' process at the same time; others queue. Each
+has a thread, which comes to hold about 50 KB for good."""
 CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
 

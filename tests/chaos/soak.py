@@ -22,8 +22,8 @@ from tests.chaos.workshop import PROMPTS, SAMPLES, Workshop
 EVERY = 50
 """Steps between faults."""
 WARM_UP, LONG_ENOUGH = 300, 600
-"""Steps of a process's life that do not count, and how many it must have lived for a slope: until then each thread of its
-pools has had its turn, and what each keeps for itself is there."""
+"""Steps of a process's life that do not count, and how many it must have lived for a slope: by then each thread of its
+pools has had its turn, and holds what it keeps."""
 SAMPLE_S = 2.0
 LIMIT_MB = 1.0
 """Growth per 100 steps."""
