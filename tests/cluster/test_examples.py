@@ -62,6 +62,7 @@ def test_the_full_pipeline_goes_through_all_its_stages(tmp_path, monkeypatch):
     assert {"reward/gold/mean", "critic/loss", "policy/kl_per_sample"} <= step.keys()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_the_calculator_is_offered_to_a_model_that_has_read_nothing_yet(tmp_path, monkeypatch):
@@ -96,6 +97,7 @@ def test_the_game_is_played_over_several_turns(tmp_path, monkeypatch):
     assert "reward/found/mean" in step
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_outcome_and_process_rewards_start_from_the_same_model(tmp_path, monkeypatch):

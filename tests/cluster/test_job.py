@@ -197,6 +197,7 @@ def test_a_job_that_is_stopped_has_saved_its_last_step_and_goes_on_when_it_is_su
     assert steps() == list(range(1, 61))
 
 
+@pytest.mark.thorough
 def test_two_runs_on_one_cluster_do_not_disturb_each_other(head: Head, overrides: list[str], tmp_path: Path) -> None:
     names = ("left", "right")
     for name in names:

@@ -84,6 +84,7 @@ def test_a_killed_engine_is_replaced_and_gets_its_adapter_back(config):
     assert batch is not None
 
 
+@pytest.mark.thorough
 def test_dora_and_ia3_are_merged_for_the_engines(raw_config):
     for adapter in ({"kind": "lora", "dora": True, "rank": RANK}, {"kind": "ia3"}):
         raw_config["model"]["adapter"] = adapter

@@ -117,7 +117,16 @@ VARIANTS = {
 }
 
 
-COVERED = ("pretrain", "sft", "preference", "preference, kto", "reward_model", "distill", "rl")
+COVERED = (
+    "pretrain",
+    "sft",
+    "sft, two ranks of ZeRO-2",
+    "preference",
+    "preference, kto",
+    "reward_model",
+    "distill",
+    "rl",
+)
 """By the other variants, in other words: the same loop, the same trainer."""
 
 
