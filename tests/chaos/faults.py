@@ -51,7 +51,7 @@ def strike_all(
         _wait_for_phase(run, tail, PHASES[fault.phase])
         time.sleep(chance.uniform(0, LONGEST_DELAY_S))
         furthest, start = run.furthest(), time.monotonic()
-        strike(run, fault, chance, switches)
+        _strike(run, fault, chance, switches)
         _wait_for_step(run, furthest + 2, f"recovery from {fault}")
         seconds.setdefault(fault, []).append(time.monotonic() - start)
         print(f"{fault.kind} {fault.role} in {fault.phase}: {seconds[fault][-1]:.1f} s", flush=True)
@@ -72,8 +72,7 @@ def _wait_for_step(run: Observed, step: int, what: str) -> None:
     run.wait_until(lambda: run.furthest() >= step, RECOVERY_S, what)
 
 
-def strike(run: Observed, fault: Fault, chance: random.Random, switches: Path) -> None:
-    """Do it now, whatever the phase."""
+def _strike(run: Observed, fault: Fault, chance: random.Random, switches: Path) -> None:
     if fault.kind in ("nan", "bit"):
         (switches / fault.kind).touch()
         return

@@ -33,14 +33,13 @@ ACTORS = {
 class Observed:
     """`gnomon run` on the cluster of this process, started again after each kill."""
 
-    def __init__(self, folder: Path, raw: dict[str, Any], address: str | None) -> None:
-        """Without an address the run starts a cluster of its own."""
+    def __init__(self, folder: Path, raw: dict[str, Any], address: str) -> None:
         self.folder = folder
         self.run_dir = Path(raw["output_dir"]) / raw["name"]
         self.config = folder / f"{raw['name']}.yaml"
         self.config.write_text(yaml.safe_dump(raw))
         self.log = folder / f"{raw['name']}.log"
-        self.env = os.environ | ({"RAY_ADDRESS": address} if address else {})
+        self.env = os.environ | {"RAY_ADDRESS": address}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import psutil
 
-from tests.chaos.faults import Fault, strike
+from tests.chaos.faults import Fault, strike_all
 from tests.chaos.outcome import Outcome, lost_samples, nothing_left
 from tests.chaos.runs import ACTORS, Observed, actors
 from tests.chaos.workshop import PROMPTS, SAMPLES, Workshop
@@ -97,17 +97,17 @@ def soak(workshop: Workshop, steps: int, chance: random.Random) -> list[Outcome]
     )
     run.start()
     run.wait_until(lambda: run.furthest() >= 1, 300, "the first step")
-    faults = 0
+    seconds: list[float] = []
     with Observer(run, steps) as observer:
         for step in range(EVERY, steps - 10, EVERY):
             run.wait_until(lambda: run.furthest() >= step, 600, f"step {step}")  # noqa: B023
             role = ROLES[len(ROLES) * step // steps]
-            strike(run, Fault("kill", role, "generate"), chance, workshop.switches)
-            faults += 1
+            struck = strike_all(run, [Fault("kill", role, "generate")], chance, workshop.switches)
+            seconds += [took for times in struck.values() for took in times]
         assert run.wait(1200) == 0, run.tail()
     notes = [_described(life) for life in observer.lives.values() if life.slope(life.megabytes) is not None]
     lost, left = lost_samples(run, steps), nothing_left()
-    return [Outcome(f"soak of {steps} steps", faults, [0.0] * faults, lost, [*notes, *left])]
+    return [Outcome(f"soak of {steps} steps", len(seconds), seconds, lost, [*notes, *left])]
 
 
 def _described(life: Life) -> str:
