@@ -46,7 +46,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from actors.bottleneck import CONFIG_FILE, WEIGHTS_FILE, add_bottlenecks, describe_bottlenecks
-from actors.packed_model import PackedRow, packed_hidden_states
+from actors.packed_model import packed_hidden_states
+from actors.packed_row import PackedRow
 from actors.virtual_tokens import Places, PrefixInRow, Recorder
 from engine.config import AdapterConfig, UserError
 
@@ -333,7 +334,7 @@ class _VirtualTokens(_Peft):
             virtual_VH = words_TH.new_zeros(self._length, words_TH.shape[1])
         else:
             virtual_VH = self._peft.get_prompt(batch_size=1)[0].to(words_TH.dtype)
-        longest = row.max_seq_len + self._length
+        longest = int(torch.diff(places.cu_seq_lens).max())
         hidden = self.model.base_model(
             inputs_embeds=places.insert(words_TH, virtual_VH)[None],
             position_ids=places.position_ids[None],

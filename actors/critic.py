@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.adapters import add_adapter
-from actors.packed_model import PackedModel, PackedRow, PackedScores, load_scoring_model
+from actors.packed_model import PackedModel, PackedScores, load_scoring_model
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
 from engine.algorithms.values import clipped_value_loss
@@ -57,7 +57,7 @@ class CriticActor(TrainedActor):
 
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """Squared distance to the returns, clipped, divided by the tokens of the whole update."""
-        value_R = self.trainer.engine(PackedRow.of(batch, self.trainer.device))[:, 0]
+        value_R = self.trainer.engine(self.row(batch))[:, 0]
         if len(batch) == 0:
             return value_R.sum()
         bound = self.config.critic.value_clip
@@ -72,7 +72,7 @@ class CriticActor(TrainedActor):
     def values(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """[R] float32 values of the states before each trained token, per micro-batch."""
         self.trainer.engine.eval()
-        rows = [PackedRow.of(batch, self.trainer.device) for batch in microbatches]
+        rows = [self.row(batch) for batch in microbatches]
         return [self.trainer.engine(row)[:, 0].float().cpu().numpy() for row in rows]
 
 

@@ -75,34 +75,59 @@ def as_completed(
         ActorDiedError: an actor's process died, or gave no sign of life for `timeouts.silence` seconds.
         DeadlineError: not all calls finished within `timeout_s` seconds.
     """
-    start = time.monotonic()
-    waiting = list(pending)
-    pulse = _Pulse()
+    waiting = dict(pending)
+    pulse = Pulse()
     while waiting:
-        remaining = timeout_s - (time.monotonic() - start)
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=min(PROBE_S, max(0.0, remaining)))
-        for ref in done:
-            yield ref, _result(ref, *pending[ref], method, start)
-        late = [pending[ref] for ref in waiting]
+        remaining = timeout_s - pulse.age_s
+        done = False
+        for ref, result in finished(waiting, method, min(PROBE_S, max(0.0, remaining)), pulse):
+            done = True
+            del waiting[ref]
+            yield ref, result
         if not done and remaining <= PROBE_S:
-            group, rank = late[0]
-            raise DeadlineError(
-                f"{', '.join(group.rank_name(rank) for group, rank in late)}: no answer from {method}() after "
-                f"{time.monotonic() - start:.1f} s (deadline {timeout_s:.0f} s; see the `timeouts` section if it is "
-                "truly that slow)",
-                kind="actor_late",
-                group=group.name,
-                rank=rank,
-            )
-        if not done and method != "start":  # which may have to wait for a place first
-            pulse.take(late, method)
+            raise late(list(waiting.values()), method, pulse.age_s, timeout_s)
 
 
-class _Pulse:
+def finished(
+    pending: Mapping[Any, tuple[WorkerGroup, int]], method: str, wait_s: float, pulse: Pulse
+) -> Iterator[tuple[Any, Any]]:
+    """Yields (reference, result) of the calls that are done, waiting for the first of them up to `wait_s` seconds.
+
+    While none is, those who are waited for are asked for a sign of life. Raises as `as_completed` does, but for the
+    deadline.
+    """
+    done, waiting = ray.wait(list(pending), timeout=wait_s)
+    if done and waiting:
+        done += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+    for ref in done:
+        yield ref, _result(ref, *pending[ref], method, pulse.age_s)
+    if not done and method != "start":  # which may have to wait for a place first
+        pulse.take(list(pending.values()), method)
+
+
+def late(members: Sequence[tuple[WorkerGroup, int]], method: str, after_s: float, deadline_s: float) -> DeadlineError:
+    """What to raise when these do not answer."""
+    group, rank = members[0]
+    return DeadlineError(
+        f"{', '.join(group.rank_name(rank) for group, rank in members)}: no answer from {method}() after "
+        f"{after_s:.1f} s (deadline {deadline_s:.0f} s; see the `timeouts` section if it is truly that slow)",
+        kind="actor_late",
+        group=group.name,
+        rank=rank,
+    )
+
+
+class Pulse:
     """Asks actors for a sign of life, beside what they are doing."""
 
     def __init__(self) -> None:
+        self._start = time.monotonic()
         self._asked: dict[tuple[WorkerGroup, int], tuple[Any, float]] = {}
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._start
 
     def take(self, members: Sequence[tuple[WorkerGroup, int]], method: str) -> None:
         """Ask each of them that has answered; raise ActorDiedError if one has been silent for too long."""
@@ -110,6 +135,8 @@ class _Pulse:
             if group.silence_s is None:
                 continue
             asked = self._asked.get((group, rank))
+            if asked is not None and time.monotonic() - asked[1] < PROBE_S:
+                continue
             if asked is None or ray.wait([asked[0]], timeout=0)[0]:  # an error is an answer: the call has it too
                 self._asked[group, rank] = (group.submit(rank, "__ray_ready__", aside=True), time.monotonic())
             elif time.monotonic() - asked[1] > group.silence_s:
@@ -122,7 +149,7 @@ class _Pulse:
                 )
 
 
-def _result(ref: Any, group: WorkerGroup, rank: int, method: str, start: float) -> Any:
+def _result(ref: Any, group: WorkerGroup, rank: int, method: str, elapsed: float) -> Any:
     name = group.rank_name(rank)
     try:
         return ray.get(ref, timeout=60)  # already there; the time is for a transfer between hosts
@@ -130,18 +157,15 @@ def _result(ref: Any, group: WorkerGroup, rank: int, method: str, start: float) 
         cause = error.cause
         if isinstance(cause, UserError):
             raise cause from None
-        elapsed = time.monotonic() - start
         message = f"{name}: {method}() raised after {elapsed:.1f} s: {type(cause).__name__}: {cause}"
         if isinstance(cause, BrokenError):
             raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from cause
         raise RaisedError(message, rank) from cause
     except RayActorError as error:
-        elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
         message = f"{name}: died after {elapsed:.1f} s in {method}(): {why}"
         raise ActorDiedError(message, kind="actor_died", group=group.name, rank=rank) from error
     except RayError as error:  # out of memory, a result that was lost with its node, an environment that was not set up
-        elapsed = time.monotonic() - start
         why = " ".join(str(error).split())
         message = f"{name}: lost after {elapsed:.1f} s in {method}(): {type(error).__name__}: {why}"
         if isinstance(error, RuntimeEnvSetupError):

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from actors.packed_model import PackedRow
+from actors.packed_row import PackedRow
 from actors.trained import Minibatch, Stats
 from engine.algorithms import policy_losses, preference
 from engine.algorithms.aggregate import aggregate, mean_per_sample, sum_per_sample

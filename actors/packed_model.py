@@ -1,91 +1,27 @@
-"""Models over packed samples: one row without padding, attention within each sample, and a head for what is asked.
-
-Samples lie one after the other in a single row; `position_ids` restart with each, and the boundaries travel as the
-`cu_seq_lens` arguments that flash attention takes. Where flash attention is not to be had (the CPU, or a GPU without
-the package) `ragged_sdpa` reads the same arguments and attends sample by sample.
-"""
+"""Models over packed rows (actors/packed_row.py), with a head for what is asked."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
-from transformers.masking_utils import AttentionMaskInterface
 
+from actors.packed_row import PackedRow
+from actors.ragged_attention import attention_for
 from engine.algorithms.distillation import chunked_generalized_jsd
 from engine.algorithms.logprobs import token_logprobs
 from engine.config import Config, UserError
-from engine.data.batch import Batch
-
-RAGGED_SDPA = "ragged_sdpa"
-
-
-def ragged_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    cu_seq_lens_q: torch.Tensor,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a packed row: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
-
-    Raises:
-        UserError: the model's attention has sinks or soft-capped scores, which this kernel does not compute.
-    """
-    if s_aux is not None or softcap is not None:
-        raise UserError(
-            f"model.path: the attention of {type(module).__name__} needs flash attention; use another model"
-        )
-    spans = torch.diff(cu_seq_lens_q).tolist()
-    grouped = query.shape[1] != key.shape[1]
-    outs = []
-    for q, k, v in zip(query.split(spans, 2), key.split(spans, 2), value.split(spans, 2), strict=True):
-        mask = _window_mask(q.shape[2], sliding_window, q.device)
-        outs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        )
-    return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[length, length] bool: each position sees itself and the `window - 1` before it; None where it sees all."""
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-    return (distance >= 0) & (distance < window)
-
-
-AttentionInterface.register(RAGGED_SDPA, ragged_sdpa)
-AttentionMaskInterface.register(RAGGED_SDPA, lambda *args, **kwargs: None)
-
-
-def attention_for(device: str, flash_attention_installed: bool) -> str:
-    """Name of the attention that a packed row needs on this device."""
-    return "flash_attention_2" if device == "cuda" and flash_attention_installed else RAGGED_SDPA
 
 
 def model_arguments(config: Config) -> dict[str, Any]:
@@ -132,51 +68,6 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class PackedRow:
-    """One micro-batch on its device. R = trained (response) tokens, T = all tokens."""
-
-    tokens: torch.Tensor
-    """[1, T] int64."""
-    position_ids: torch.Tensor
-    """[1, T] int64, from 0 in each sample."""
-    cu_seq_lens: torch.Tensor
-    """[B + 1] int32: where samples begin and end."""
-    max_seq_len: int
-    """Longest sample."""
-    predictors: torch.Tensor
-    """[R] int64: the position before each trained token."""
-    targets: torch.Tensor
-    """[R] int64: the trained tokens."""
-    response_lens: torch.Tensor
-    """[B] int64: trained tokens of each sample."""
-
-    @staticmethod
-    def of(batch: Batch, device: torch.device) -> PackedRow:
-        """Pack a batch. An empty one becomes a single token without a target, so that every rank runs a pass."""
-        if len(batch) == 0:
-            tokens, seq_lens, trained_at = np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(0, np.int64)
-        else:
-            tokens, seq_lens = batch.tokens.astype(np.int64), batch.seq_lens.astype(np.int64)
-            trained_at = np.flatnonzero(batch.loss_mask)
-        ends = np.cumsum(seq_lens)
-        positions = np.arange(len(tokens)) - np.repeat(ends - seq_lens, seq_lens)
-        assert (positions[trained_at] > 0).all(), "the first token of a sample has no predictor and cannot be trained"
-
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        return PackedRow(
-            tokens=on_device(tokens)[None],
-            position_ids=on_device(positions)[None],
-            cu_seq_lens=on_device(np.concatenate([[0], ends]).astype(np.int32)),
-            max_seq_len=int(seq_lens.max()),
-            predictors=on_device(trained_at - 1),
-            targets=on_device(tokens[trained_at]),
-            response_lens=on_device(batch.response_lens),
-        )
-
-
 class PackedModel(nn.Module):
     """The body of a model over a packed row."""
 
@@ -200,10 +91,7 @@ def packed_hidden_states(model: PreTrainedModel, row: PackedRow) -> torch.Tensor
         position_ids=row.position_ids,
         attention_mask=None,
         use_cache=False,
-        cu_seq_lens_q=row.cu_seq_lens,
-        cu_seq_lens_k=row.cu_seq_lens,
-        max_length_q=row.max_seq_len,
-        max_length_k=row.max_seq_len,
+        **row.attention_arguments(),
     ).last_hidden_state[0]
 
 
@@ -293,11 +181,12 @@ class PackedScores(nn.Module):
         """`before` scores what lies before each marked token: the value of the state in which it was chosen."""
         super().__init__()
         self.packed = packed
-        self.offset = 0 if before else 1
+        self.before = before
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Returns scores [R, heads] in float32."""
-        return self.packed.model.get_submodule("score")(self.packed(row)[row.predictors + self.offset]).float()
+        scored = row.predictors if self.before else row.trained_at
+        return self.packed.model.get_submodule("score")(self.packed(row)[scored]).float()
 
 
 def load_scoring_model(config: Config, path: str, *, per_token: bool, heads: int | None) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 
 from actors.adapters import add_adapter, quantization_config
 from actors.objectives import Outputs, objective_of
-from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, PackedRow, load_language_model
+from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, load_language_model
 from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
@@ -62,7 +62,7 @@ class PolicyActor(TrainedActor):
 
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """This micro-batch's share of the objective."""
-        row = PackedRow.of(batch, self.trainer.device)
+        row = self.row(batch)
         value_R, entropy_R = self.trainer.engine(row)
         if len(batch) == 0:
             return value_R.sum()
@@ -80,7 +80,7 @@ class PolicyActor(TrainedActor):
     def divergences(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """Divergence from the teacher at the trained tokens, one [R] float32 per micro-batch."""
         self.trainer.engine.eval()
-        rows = [PackedRow.of(batch, self.trainer.device) for batch in microbatches]
+        rows = [self.row(batch) for batch in microbatches]
         return [self.trainer.engine(row)[0].float().cpu().numpy() for row in rows]
 
     @torch.inference_mode()
@@ -90,7 +90,7 @@ class PolicyActor(TrainedActor):
         weight = self.log_probs.head.weight
         results = []
         for batch in microbatches:
-            row = PackedRow.of(batch, self.trainer.device)
+            row = self.row(batch)
             hidden = self.log_probs.packed(row)[row.predictors]
             with self.trainer.gathered([weight]):
                 logp_R, _ = token_logprobs(hidden, weight, row.targets)  # at temperature 1, whatever is trained at
@@ -114,7 +114,7 @@ class PolicyActor(TrainedActor):
         return None
 
     def _logprobs(self, batch: Batch) -> np.ndarray:
-        return self.log_probs(PackedRow.of(batch, self.trainer.device))[0].float().cpu().numpy()
+        return self.log_probs(self.row(batch))[0].float().cpu().numpy()
 
 
 class PolicyGroup(TrainedGroup):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from actors.frozen import FrozenActor, FrozenGroup
-from actors.packed_model import PackedLogProbs, PackedModel, PackedRow, load_language_model
+from actors.packed_model import PackedLogProbs, PackedModel, load_language_model
+from actors.packed_row import PackedRow
 from engine.data.batch import Batch
 
 

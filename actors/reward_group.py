@@ -1,17 +1,17 @@
-"""The controller's side of all rewards: functions start on a group at once; reward models score when all are there.
-
-Models wait until `collect`, when the engines are idle, because they may share the engines' devices.
+"""The controller's side of all rewards: functions start on a group at once, and so do reward models that do not share
+their devices or cores with the engines; the others score when the engines are idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
-import ray
 
-from actors.group import WorkerGroup, as_completed
+from actors.group import Pulse, WorkerGroup, finished, late
 from actors.reward_scorer import ModelScores, RewardScorerGroup
 from engine.config import Config
 from engine.data.batch import Batch
@@ -28,76 +28,92 @@ class RewardGroup:
         self.pool = pool
         self.models = models
         self._samples: dict[int, list[Sample]] = {}
-        self._pending: dict[Any, int] = {}
-        self._done: list[tuple[int, Scores]] = []
+        self._pending: dict[Any, tuple[int, float]] = {}
+        self._done: dict[int, Scores] = {}
+        self._answers: dict[int, Future[dict[str, ModelScores]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-models")
+        self._pulse = Pulse()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether scores are outstanding."""
+        return bool(self._samples)
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
-        """Start scoring; results come from `collect`. Raises what earlier calls have raised by now."""
+        """Start scoring; `poll` gives the result."""
         self._samples[key] = list(samples)
         if self.pool is None:
-            self._done.append((key, Scores.without_opinion(len(samples))))
-            return
-        self._ask_functions(key)
-        finished, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
-        self._done += self._wait_for(finished)
+            self._done[key] = Scores.without_opinion(len(samples))
+        else:
+            self._ask_functions(key)
+        if self.models and self.config.roles_overlap:
+            self._answers[key] = self._thread.submit(self._ask_models, self._samples[key])
 
-    def collect(self) -> Iterator[tuple[int, Scores]]:
-        """Yields (key, scores) of everything submitted, as it is done."""
-        values = self._ask_models(self._samples)
-        scored = [*self._done, *self._wait_for(list(self._pending))]
-        samples, self._samples, self._done = self._samples, {}, []
-        for key, scores in scored:
-            ids = [sample.id for sample in samples[key]]
-            for name, by_group in values.items():
-                scores = scores.plus(name, *by_group[key], ids)
-            yield key, scores
+    def poll(self, wait_s: float, *, engines_idle: bool) -> list[tuple[int, Scores]]:
+        """(key, scores) of groups that are scored; waits for the first up to `wait_s` seconds.
+
+        Raises what a function or a model has raised.
+        """
+        if self._pending:
+            self._take_functions(wait_s)
+        if self.models and engines_idle and not self.config.roles_overlap and not self._pending:
+            for key in self._samples.keys() - self._answers.keys():
+                self._answers[key] = self._thread.submit(self._ask_models, self._samples[key])
+        if self._answers and not self._pending:
+            wait(self._answers.values(), wait_s, return_when="FIRST_COMPLETED")
+        return [(key, self._taken(key)) for key in list(self._done) if self._is_scored(key)]
 
     def reset(self) -> None:
         """Forget what was submitted."""
-        self._pending.clear()
-        self._samples.clear()
-        self._done.clear()
+        for answer in self._answers.values():
+            answer.cancel()
+        for held in (self._pending, self._samples, self._done, self._answers):
+            held.clear()
+
+    def _is_scored(self, key: int) -> bool:
+        return not self.models or (key in self._answers and self._answers[key].done())
+
+    def _taken(self, key: int) -> Scores:
+        samples, scores = self._samples.pop(key), self._done.pop(key)
+        if self.models:
+            for name, answer in self._answers.pop(key).result().items():
+                scores = scores.plus(name, *answer, [sample.id for sample in samples])
+        return scores
 
     def _ask_functions(self, key: int) -> None:
         assert self.pool is not None, "only it runs functions"
-        self._pending[self.pool.submit(0, "score", self._samples[key])] = key
+        self._pending[self.pool.submit(0, "score", self._samples[key])] = (key, time.monotonic())
 
-    def _ask_models(self, samples: Mapping[int, list[Sample]]) -> dict[str, dict[int, ModelScores]]:
-        """Name of each model -> key of each group -> rewards of its samples."""
-        if not self.models or not samples:
-            return {name: {} for name in self.models}
-        batch = _to_batch([sample for group in samples.values() for sample in group])
-        ends = np.cumsum([len(group) for group in samples.values()]).tolist()
-        spans = dict(zip(samples, zip([0, *ends[:-1]], ends, strict=True), strict=True))
-        answers = {name: model.scores(batch) for name, model in self.models.items()}
-        return {
-            name: {key: (values_B[start:end], steps[start:end]) for key, (start, end) in spans.items()}
-            for name, (values_B, steps) in answers.items()
-        }
+    def _ask_models(self, samples: Sequence[Sample]) -> dict[str, ModelScores]:
+        """What each model says of a group."""
+        batch = _to_batch(samples)
+        return {name: model.scores(batch) for name, model in self.models.items()}
 
-    def _wait_for(self, refs: Sequence[Any]) -> Iterator[tuple[int, Scores]]:
-        """Results of calls; a pool that is lost is replaced and asked again for all that it owed."""
-        while refs:
-            assert self.pool is not None, "only it has calls to wait for"
-            try:
-                pending = dict.fromkeys(refs, (self.pool, 0))
-                for ref, scores in as_completed(pending, "score", self.config.timeouts.generate):
-                    yield self._pending.pop(ref), scores
-                return
-            except WorkerLostError as error:
-                self.pool.replace(error)
-                keys = [self._pending.pop(ref) for ref in list(self._pending)]
-                for key in keys:
-                    self._ask_functions(key)
-                refs = list(self._pending)
+    def _take_functions(self, wait_s: float) -> None:
+        """Take the results that are there; a pool that is lost is replaced and asked again for all that it owed."""
+        assert self.pool is not None, "only it has calls to wait for"
+        try:
+            for ref, scores in finished(dict.fromkeys(self._pending, (self.pool, 0)), "score", wait_s, self._pulse):
+                key, _ = self._pending.pop(ref)
+                self._done[key] = scores
+            oldest = min((since for _, since in self._pending.values()), default=time.monotonic())
+            deadline_s = self.config.timeouts.generate
+            if time.monotonic() - oldest > deadline_s:
+                raise late([(self.pool, 0)], "score", time.monotonic() - oldest, deadline_s)
+        except WorkerLostError as error:
+            self.pool.replace(error)
+            keys = [key for key, _ in self._pending.values()]
+            self._pending.clear()
+            for key in keys:
+                self._ask_functions(key)
 
 
 def _to_batch(samples: Sequence[Sample]) -> Batch:
-    """Prompts and responses, the responses marked."""
+    """A group's prompt and responses, the responses marked."""
     lens = [(len(sample.prompt_ids), len(sample.completion_ids)) for sample in samples]
     return Batch.offline(
         tokens=np.concatenate([np.array([*s.prompt_ids, *s.completion_ids], np.int32) for s in samples]),
         seq_lens=np.array([prompt + response for prompt, response in lens], np.int32),
         loss_mask=np.concatenate([np.repeat([False, True], pair) for pair in lens]),
-        group_ids=np.arange(len(samples), dtype=np.int64),
+        group_ids=np.zeros(len(samples), np.int64),
     )

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from actors.adapters import add_adapter
-from actors.packed_model import PackedModel, PackedRow, PackedScores, load_scoring_model
+from actors.packed_model import PackedModel, PackedScores, load_scoring_model
 from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
@@ -53,7 +53,7 @@ class RewardModelActor(TrainedActor):
 
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """This micro-batch's share: per pair, per list or per step, divided by those of the whole update."""
-        row = PackedRow.of(batch, self.trainer.device)
+        row = self.row(batch)
         heads_RH = self.trainer.engine(row)
         if len(batch) == 0:
             return heads_RH.sum()
@@ -103,7 +103,7 @@ class RewardModelActor(TrainedActor):
         self.trainer.engine.eval()
         results = []
         for batch in microbatches:
-            heads_RH = self.trainer.engine(PackedRow.of(batch, self.trainer.device))
+            heads_RH = self.trainer.engine(self.row(batch))
             score_R = self._scores(heads_RH, batch) if len(batch) else heads_RH[:, 0]
             results.append(score_R.float().cpu().numpy())
         return results

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from actors.frozen import FrozenActor, FrozenGroup
 from actors.group import WorkerGroup
-from actors.packed_model import PackedModel, PackedRow, PackedScores, load_scoring_model
+from actors.packed_model import PackedModel, PackedScores, load_scoring_model
+from actors.packed_row import PackedRow
 from engine.config import Config, ModelRewardConfig
 from engine.data.batch import Batch
 from engine.data.steps import step_ends

@@ -1,23 +1,26 @@
 """A vLLM engine inside a Ray actor, stepped by the actor's own thread.
 
-    callers' threads            step thread                   publisher's thread
-    admit(): add all requests   loop: lock, step, unlock      load_weights(): fetch, checksum
-    collect(): wait for one       finished request -> event     lock, load, version += 1, reset prefix cache, unlock
+    callers' threads                  step thread                   publisher's thread
+    admit(): add all requests         loop: lock, step, unlock      load_weights(): fetch, checksum
+    collect(): wait for whole groups    finished request -> future    lock, load, version += 1, unlock
 
 The engine runs in this process (no engine-core child to supervise); one lock orders its steps, new requests and weight
 updates, so weights change between two steps and never inside one. Each token is stamped with the version that made it.
-All prompts of a step are admitted at once and into an empty cache, so that what an engine computes depends on them
-alone and not on when calls arrive. If the step thread dies, its error goes to every waiting and every later caller.
+Prompts that come while the engine is idle find an empty cache, so that what an engine computes in a synchronous run
+depends on them alone and not on when calls arrive. If the step thread dies, every group under way has its error.
 
-With LoRA the frozen weights are read from disk and only the adapter is published.
+Responses that are under way when weights change go on, with their cached keys and values or without
+(`rollout.on_new_weights`); prompts that come later never find keys of older weights, since cached keys are kept by
+version. With LoRA the frozen weights are read from disk and only the adapter is published.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,9 +40,9 @@ PREFILL_TOKENS = 4096
 
 @dataclass
 class _Request:
-    """A sample in the engine: its output so far and the event its caller waits on."""
+    """A sample in the engine: its output so far, and who waits for it."""
 
-    done: threading.Event = field(default_factory=threading.Event)
+    future: Future[Generation] = field(default_factory=Future)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -63,6 +66,28 @@ class _Request:
             text=self.text,
             finish_reason="length" if self.finish_reason == "length" else "stop",
         )
+
+
+@dataclass
+class _Group:
+    """The responses to one prompt in the making. When all are there it goes to those that are whole."""
+
+    key: int
+    futures: list[Future[Generation]]
+    whole: queue.SimpleQueue[_Group]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _done: int = 0
+
+    def watch(self) -> None:
+        """Count the responses from now on."""
+        for future in self.futures:
+            future.add_done_callback(self._one_done)
+
+    def _one_done(self, _: Future[Generation]) -> None:
+        with self._lock:
+            self._done += 1
+            if self._done == len(self.futures):
+                self.whole.put(self)
 
 
 def engine_environment(device: str, threads: int) -> dict[str, str]:
@@ -119,9 +144,8 @@ class RolloutActor:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._requests: dict[str, _Request] = {}
-        self._admitted: dict[int, list[str]] = {}
+        self._whole: queue.SimpleQueue[_Group] = queue.SimpleQueue()
         self._player: EpisodePlayer | None = None
-        self._played: dict[int, list[Future[Generation]]] = {}
         self._threads = ThreadPoolExecutor(config.rollout.concurrent_samples, thread_name_prefix="episode")
         self._counter = 0
         self.engine: Any = None
@@ -142,20 +166,26 @@ class RolloutActor:
         arguments = EngineArgs(**engine_arguments(self.config))
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
+        self._make_player()
+
+    def _make_player(self) -> None:
+        """Who plays episodes, until the requests of today are forgotten."""
         if self.environments:
             from transformers import AutoTokenizer
 
             trusted = self.config.model.trust_remote_code
             tokenizer = AutoTokenizer.from_pretrained(self.config.model.path, trust_remote_code=trusted)
-            self._player = EpisodePlayer(self.config, tokenizer, self.environments, self._answer)
+            answer = partial(self._answer, self._requests)
+            self._player = EpisodePlayer(self.config, tokenizer, self.environments, answer)
 
     def admit(self, requests: Sequence[GenerationRequest], settings: SamplingSettings, *, version: int) -> None:
-        """Take prompts, all before the next engine step; `collect` waits for each one's responses.
+        """Take prompts, all before the next engine step; `collect` gives their responses.
 
         Where there are environments, each response is an episode: its turns are added one by one.
 
         Raises:
-            RuntimeError: the engine does not hold this weight version, or its step thread has died.
+            RuntimeError: the engine does not hold this weight version.
+            BrokenError: its step thread has died.
         """
         with self._lock:
             self._check_alive()
@@ -163,52 +193,57 @@ class RolloutActor:
                 raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
             if not self.engine.has_unfinished_requests():
                 self.engine.reset_prefix_cache()
-            if self._player is not None:
-                for request in requests:
-                    play = partial(self._player.play, request, settings)
-                    self._played[request.key] = [self._threads.submit(play, seed) for seed in request.seeds]
-                return
-            for request in requests:
-                ids = [self._add(request.prompt, settings, seed) for seed in request.seeds]
-                self._admitted[request.key] = ids
+            groups = [_Group(r.key, self._responses(r, settings), self._whole) for r in requests]
         self._wake.set()
+        for group in groups:
+            group.watch()
 
-    def collect(self, key: int, *, within_s: float) -> list[Generation]:
-        """The responses to an admitted prompt, one per seed. Blocks its caller's thread only.
+    def collect(self, *, wait_s: float) -> list[tuple[int, list[Generation]]]:
+        """(key, one response per seed) of the prompts that are answered in full, each of them once.
+
+        Waits for the first one up to `wait_s` seconds; blocks its caller's thread only.
 
         Raises:
-            BrokenError: the step thread has died, or not all responses were whole within `within_s` seconds; the open
-                ones are aborted.
+            BrokenError: the step thread has died, or an episode's turn was late.
         """
-        if self._player is not None:
-            deadline = time.monotonic() + within_s
-            return [future.result(max(0.0, deadline - time.monotonic())) for future in self._played.pop(key)]
-        return self._wait(self._admitted.pop(key), within_s)
+        try:
+            groups = [self._whole.get(timeout=wait_s)]
+            while True:
+                groups.append(self._whole.get_nowait())
+        except queue.Empty:
+            pass
+        return [(group.key, [future.result() for future in group.futures]) for group in groups]
 
-    def _answer(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> Generation:
-        """One response; blocks its caller's thread only. Raises as `collect`."""
+    def _responses(self, request: GenerationRequest, settings: SamplingSettings) -> list[Future[Generation]]:
+        if self._player is None:
+            return [self._add(request.prompt, settings, seed)[1] for seed in request.seeds]
+        play = partial(self._player.play, request, settings)
+        return [self._threads.submit(play, seed) for seed in request.seeds]
+
+    def _answer(
+        self, requests: dict[str, _Request], prompt: Sequence[int], settings: SamplingSettings, seed: int
+    ) -> Generation:
+        """One turn of an episode; blocks its caller's thread only.
+
+        Raises:
+            CancelledError: the engine has forgotten the `requests` that it had when the episode began.
+            BrokenError: the step thread has died, or the turn was not over within `timeouts.generate` seconds.
+        """
         with self._lock:
             self._check_alive()
-            request_id = self._add(prompt, settings, seed)
+            if requests is not self._requests:
+                raise CancelledError
+            request_id, future = self._add(prompt, settings, seed)
         self._wake.set()
-        return self._wait([request_id], self.config.timeouts.generate)[0]
-
-    def _wait(self, ids: Sequence[str], within_s: float) -> list[Generation]:
-        deadline = time.monotonic() + within_s
-        requests = {request_id: self._requests[request_id] for request_id in ids}
+        within_s = self.config.timeouts.generate
         try:
-            for request in requests.values():
-                if not request.done.wait(deadline - time.monotonic()):
-                    raise BrokenError(f"{len(requests)} samples not finished after {within_s:.0f} s")
-                self._check_alive()
-            return [request.generation() for request in requests.values()]
+            return future.result(within_s)
+        except TimeoutError:
+            raise BrokenError(f"a turn not finished after {within_s:.0f} s") from None
         finally:
             with self._lock:
-                unfinished = [i for i, r in requests.items() if not r.done.is_set()]
-                if unfinished and self._error is None:
-                    self.engine.abort_request(unfinished)
-                for request_id in ids:
-                    self._requests.pop(request_id, None)
+                if requests.pop(request_id, None) is not None and self._error is None:
+                    self.engine.abort_request([request_id])
 
     def load_weights(self, snapshot: Snapshot, fetch_s: float) -> Ack:
         """Take a published version between two engine steps and acknowledge it. Versions only go up.
@@ -221,8 +256,8 @@ class RolloutActor:
         buckets, ack = receive(snapshot, timeout_s=fetch_s)
         with self._lock:
             self._load([tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
-            # Cached keys and values belong to the old weights; running requests are recomputed under the new ones.
-            self.engine.reset_prefix_cache(reset_running_requests=True)
+            if self.config.rollout.on_new_weights == "recompute":
+                self.engine.reset_prefix_cache(reset_running_requests=True)
             self.version = snapshot.version
         return ack
 
@@ -232,11 +267,10 @@ class RolloutActor:
             self._check_alive()
             self.engine.abort_request(list(self._requests))
             for request in self._requests.values():
-                request.done.set()
-            self._requests.clear()
-            self._admitted.clear()
-            self._played.clear()
+                request.future.cancel()
+            self._requests, self._whole = {}, queue.SimpleQueue()
             self.version = 0 if serves_teacher(self.config) else None
+        self._make_player()
 
     def sleep(self) -> None:
         """Leave the device's memory to others until `wake`: weights to the host, the cache is given up."""
@@ -263,7 +297,7 @@ class RolloutActor:
         if self._error is not None:
             raise BrokenError(f"the engine's step thread died: {self._error!r}") from self._error
 
-    def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> str:
+    def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> tuple[str, Future[Generation]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -278,9 +312,10 @@ class RolloutActor:
         )
         self._counter += 1
         request_id = str(self._counter)
-        self.engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora)
-        self._requests[request_id] = _Request()
-        return request_id
+        tokens = {"prompt_token_ids": list(prompt), "cache_salt": str(self.version)}
+        self.engine.add_request(request_id, tokens, params, lora_request=self._lora)
+        request = self._requests[request_id] = _Request()
+        return request_id, request.future
 
     def _run(self) -> None:
         """The step thread."""
@@ -297,7 +332,7 @@ class RolloutActor:
             with self._lock:  # no request slips in between the error and the wake-up of those who wait
                 self._error = error
                 for request in self._requests.values():
-                    request.done.set()
+                    request.future.set_exception(BrokenError(f"the engine's step thread died: {error!r}"))
 
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
@@ -308,4 +343,5 @@ class RolloutActor:
                 continue
             request.extend(output.outputs[0], self.version)
             if output.finished:
-                request.done.set()
+                del self._requests[output.request_id]
+                request.future.set_result(request.generation())

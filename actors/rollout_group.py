@@ -1,20 +1,24 @@
 """The controller's side of the engines: gives prompts to the least busy one and keeps their weights current.
 
+    ask(prompts) --> waiting --> an engine that serves --> poll(): whole groups, one call under way to each engine
+    publish()    --> every engine, between two of its steps; what it is generating goes on
+
     lost engine --> a new one starts beside the others, which take over its prompts, with the same seeds
                 --> brought to the current weights, it serves again (engine/schedule/fleet.py)
 
-The run waits for an engine only while none serves.
+Nothing here waits for an engine but while weights are loaded. While no engine serves, prompts wait.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.group import ActorError, RaisedError, WorkerGroup, as_completed, gather
+from actors.group import ActorError, Pulse, RaisedError, WorkerGroup, as_completed, finished, gather, late
 from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
 from actors.weights import Ack, ChecksumError, Snapshot
@@ -24,8 +28,22 @@ from engine.schedule.fleet import Fleet
 from engine.schedule.incidents import Incident
 from engine.schedule.ledger import spans
 
-Calls = dict[Any, tuple[int, GenerationRequest]]
-"""Reference of a call -> engine and the prompt whose responses it waits for."""
+COLLECT_S = 5.0
+"""An engine that has nothing to give answers after so long, and is asked again."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt, and since when it waits or an engine has it."""
+
+    request: GenerationRequest
+    settings: SamplingSettings
+    since: float
+
+    @property
+    def tokens(self) -> int:
+        """What it may come to."""
+        return len(self.request.seeds) * self.settings.max_new_tokens + len(self.request.prompt)
 
 
 class RolloutGroup:
@@ -41,7 +59,13 @@ class RolloutGroup:
         self.record = record
         self.fleet = Fleet(len(workers.actors))
         self.restarts = 0
-        self._starting: dict[Any, int] = {}
+        self._snapshot: Snapshot | None = None
+        """Of the version that is served, for engines that come back while the policy is at work."""
+        self._waiting: list[_Asked] = []
+        self._held: list[dict[int, _Asked]] = [{} for _ in workers.actors]
+        self._collecting: dict[Any, int] = {}
+        self._starting: dict[Any, tuple[int, float]] = {}
+        self._pulse = Pulse()
         for rank in self.fleet.starting():
             self._joins(rank)
 
@@ -65,7 +89,8 @@ class RolloutGroup:
         self._take_joined()
         snapshot = self.policy.publish(version)
         packed = time.monotonic()
-        self._load(snapshot)
+        snapshot = self._load(snapshot, republish=True)
+        self._snapshot = snapshot if self.config.rl.max_staleness > 0 else None
         return {
             "time/publish_pack": packed - start,
             "rollout/weight_bytes": float(snapshot.num_bytes),
@@ -73,32 +98,47 @@ class RolloutGroup:
             "rollout/engine_restarts": float(self.restarts),
         }
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
-    ) -> Iterator[tuple[int, list[Generation]]]:
-        """Yields (key, responses) as each prompt's responses are whole, in any order."""
+    @property
+    def under_way(self) -> bool:
+        """Whether answers are outstanding."""
+        return bool(self._waiting) or any(self._held)
+
+    def ask(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> None:
+        """Have prompts answered, each under a key of its own; `poll` gives the responses."""
         assert self.version is not None, "samples were asked for before any weights were published"
-        deadline = time.monotonic() + self.config.timeouts.generate
-        waiting, calls = list(requests), Calls()
-        while waiting or calls:
-            try:
-                self._take_joined()
-                if waiting:
-                    self._make_serve()
-                    waiting = self._admit(waiting, calls, settings)
-                pending = {ref: (self.workers, rank) for ref, (rank, _) in calls.items()}
-                for ref, generations in as_completed(pending, "generate", max(0.0, deadline - time.monotonic())):
-                    yield calls.pop(ref)[1].key, generations
-            except WorkerLostError as error:
-                if error.group != self.workers.name:
-                    raise
-                held = _taken_back(calls, error.rank)
-                self._lose(error, held)
-                waiting += held
-                deadline = time.monotonic() + self.config.timeouts.generate
+        self._waiting += [_Asked(request, settings, time.monotonic()) for request in requests]
+
+    def poll(self, wait_s: float) -> list[tuple[int, list[Generation]]]:
+        """(key, responses) of prompts that are answered in full; waits for the first up to `wait_s` seconds.
+
+        Raises:
+            DeadlineError: no engine came up within `timeouts.start` while none serves.
+        """
+        answers: list[tuple[int, list[Generation]]] = []
+        try:
+            self._take_joined()
+            if self._waiting:
+                self._give_out()
+            pending = {ref: (self.workers, rank) for ref, rank in self._collecting.items()}
+            if not pending:
+                self._take_joined(wait_s)
+            for ref, groups in finished(pending, "collect", wait_s, self._pulse):
+                rank = self._collecting.pop(ref)
+                for key, generations in groups:
+                    del self._held[rank][key]
+                    answers.append((key, generations))
+                self._collect(rank)
+            self._check_deadlines()
+        except WorkerLostError as error:
+            if error.group != self.workers.name or (error.kind == "actor_late" and not self.fleet.serving()):
+                raise
+            self._lose(error)
+        return answers
 
     def reset(self) -> None:
         """Forget what is under way and which weights were loaded."""
+        self._waiting, self._held, self._collecting = [], [{} for _ in self.workers.actors], {}
+        self._snapshot = None
         self.fleet.expect(None)
         for rank in self.fleet.stale():
             try:
@@ -115,83 +155,110 @@ class RolloutGroup:
             for rank in self.fleet.stale():
                 self.fleet.acknowledged(rank, 0)
 
-    def _admit(
-        self, requests: Sequence[GenerationRequest], calls: Calls, settings: SamplingSettings
-    ) -> list[GenerationRequest]:
-        """Give prompts to the engines that serve, and add the calls that wait for them; returns what nobody took."""
+    def _give_out(self) -> None:
+        """Give the prompts that wait to the engines that serve, the least busy first."""
+        self._catch_up()
         serving = self.fleet.serving()
-        shares: dict[int, list[GenerationRequest]] = {rank: [] for rank in serving}
-        tokens = {rank: sum(_tokens(r, settings) for held, r in calls.values() if held == rank) for rank in serving}
-        for request in requests:
+        if not serving:
+            return
+        shares: dict[int, list[_Asked]] = {rank: [] for rank in serving}
+        tokens = {rank: sum(asked.tokens for asked in self._held[rank].values()) for rank in serving}
+        now = time.monotonic()
+        for asked in self._waiting:
             rank = min(serving, key=tokens.__getitem__)
-            tokens[rank] += _tokens(request, settings)
-            shares[rank].append(request)
-        left: list[GenerationRequest] = []
-        within_s = self.config.timeouts.generate
+            tokens[rank] += asked.tokens
+            shares[rank].append(_Asked(asked.request, asked.settings, now))
+        self._waiting = []
+        for rank, share in shares.items():  # held before they are sent: whatever fails now, none is lost
+            self._held[rank] |= {asked.request.key: asked for asked in share}
         for rank, share in shares.items():
-            if not share:
-                continue
-            try:
-                call = self.workers.submit(rank, "admit", share, settings, version=self.version)
-                gather({call: (self.workers, rank)}, "admit", within_s)
-            except WorkerLostError as error:
-                if error.group != self.workers.name:
-                    raise
-                held = [*share, *_taken_back(calls, rank)]
-                self._lose(error, held)
-                left += held
-                continue
-            ids = spans(sample for request in share for sample in request.sample_ids)
-            self.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
-            for request in share:
-                calls[self.workers.submit(rank, "collect", request.key, within_s=within_s)] = (rank, request)
-        return left
+            if share:
+                self._admit(rank, share)
 
-    def _lose(self, error: WorkerLostError, held: Sequence[GenerationRequest] = ()) -> None:
-        """Start another engine in the place of a lost one; nobody waits for it."""
-        samples = [sample for request in held for sample in request.sample_ids]
+    def _admit(self, rank: int, share: Sequence[_Asked]) -> None:
+        try:
+            calls: dict[Any, tuple[WorkerGroup, int]] = {}
+            for settings in dict.fromkeys(asked.settings for asked in share):
+                requests = [asked.request for asked in share if asked.settings == settings]
+                calls[self.workers.submit(rank, "admit", requests, settings, version=self.version)] = (
+                    self.workers,
+                    rank,
+                )
+            gather(calls, "admit", self.config.timeouts.generate)
+        except WorkerLostError as error:
+            if error.group != self.workers.name:
+                raise
+            self._lose(error)
+            return
+        ids = spans(sample for asked in share for sample in asked.request.sample_ids)
+        self.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
+        if rank not in self._collecting.values():
+            self._collect(rank)
+
+    def _collect(self, rank: int) -> None:
+        """Have a call wait in an engine that has prompts."""
+        if self._held[rank]:
+            self._collecting[self.workers.submit(rank, "collect", wait_s=COLLECT_S)] = rank
+
+    def _check_deadlines(self) -> None:
+        """Raise DeadlineError for the first engine that keeps a prompt, or its start, for too long."""
+        now, timeouts = time.monotonic(), self.config.timeouts
+        for rank, held in enumerate(self._held):
+            oldest = min((asked.since for asked in held.values()), default=now)
+            if now - oldest > timeouts.generate:
+                raise late([(self.workers, rank)], "generate", now - oldest, timeouts.generate)
+        if self._waiting and self._starting and not self.fleet.serving():
+            rank, since = min(self._starting.values(), key=lambda held: held[1])
+            if now - since > timeouts.start:
+                raise late([(self.workers, rank)], "start", now - since, timeouts.start)
+
+    def _lose(self, error: WorkerLostError) -> None:
+        """Start another engine in the place of a lost one, whose prompts wait for others; nobody waits for it."""
+        rank = error.rank
+        held = list(self._held[rank].values())
+        self._held[rank] = {}
+        self._waiting = [*held, *self._waiting]
+        self._collecting = {ref: holder for ref, holder in self._collecting.items() if holder != rank}
+        samples = [sample for asked in held for sample in asked.request.sample_ids]
         self.workers.report(error.incident("replaced, its prompts given out again", samples))
         self.restarts += 1
-        self.fleet.lost(error.rank)
-        self._starting = {ref: rank for ref, rank in self._starting.items() if rank != error.rank}
-        self.workers.begin_restart(error.rank)
-        self._starting[self.workers.submit(error.rank, "start", in_turn=self.workers.turns is not None)] = error.rank
+        self.fleet.lost(rank)
+        self._starting = {ref: (holder, at) for ref, (holder, at) in self._starting.items() if holder != rank}
+        self.workers.begin_restart(rank)
+        call = self.workers.submit(rank, "start", in_turn=self.workers.turns is not None)
+        self._starting[call] = (rank, time.monotonic())
 
     def _take_joined(self, wait_s: float = 0.0) -> None:
         """Count in the engines that have come up, waiting for the first of them up to `wait_s` seconds."""
-        pending = {ref: (self.workers, rank) for ref, rank in self._starting.items()}
+        if not self._starting:
+            return
+        pending = {ref: (self.workers, rank) for ref, (rank, _) in self._starting.items()}
         try:
-            for ref, _ in as_completed(pending, "start", wait_s):
-                self._joins(self._starting.pop(ref))
-                if wait_s:
-                    return
+            for ref, _ in finished(pending, "start", wait_s, self._pulse):
+                self._joins(self._starting.pop(ref)[0])
         except WorkerLostError as error:
-            if error.kind != "actor_late":
-                self._lose(error)
-            elif wait_s:
-                raise
+            self._lose(error)
 
     def _joins(self, rank: int) -> None:
         self.fleet.started(rank)
         if serves_teacher(self.config):
             self._serve_teacher()
 
-    def _make_serve(self) -> None:
-        """Bring engines that came up to the current weights; while there is none that serves, wait for one.
+    def _catch_up(self) -> None:
+        """Bring engines that came up to the current weights."""
+        if not self.fleet.stale():
+            return
+        assert self.version is not None
+        if self.config.rl.max_staleness == 0:
+            self._load(self.policy.publish(self.version), republish=True)
+        elif self._snapshot is not None:
+            self._load(self._snapshot, republish=False)
 
-        Raises:
-            DeadlineError: none came up in time.
-        """
-        while True:
-            if self.fleet.stale():
-                assert self.version is not None
-                self._load(self.policy.publish(self.version))
-            if self.fleet.serving():
-                return
-            self._take_joined(self.config.timeouts.start)
+    def _load(self, snapshot: Snapshot, *, republish: bool) -> Snapshot:
+        """Bring the engines that lack a snapshot to it, see that they have it, and return the one they have.
 
-    def _load(self, snapshot: Snapshot) -> None:
-        """Bring the engines that lack a snapshot to it, and see that they have it.
+        One that did not arrive is published again, if the policy still holds those weights (`republish`); else the
+        engines that lack it wait for the next version.
 
         Raises:
             ActorError: one failed to load it or acknowledged something else.
@@ -221,13 +288,8 @@ class RolloutGroup:
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
                 name = self.workers.rank_name(error.rank)
                 self.workers.report(Incident("weights_corrupted", name, "published again", str(error)))
+                if not republish:
+                    self._snapshot = None
+                    break
                 snapshot = self.policy.publish(snapshot.version)
-
-
-def _taken_back(calls: Calls, rank: int) -> list[GenerationRequest]:
-    """The prompts that an engine had, whose calls nobody waits for any more."""
-    return [calls.pop(ref)[1] for ref in [ref for ref, (holder, _) in calls.items() if holder == rank]]
-
-
-def _tokens(request: GenerationRequest, settings: SamplingSettings) -> int:
-    return len(request.seeds) * settings.max_new_tokens + len(request.prompt)
+        return snapshot

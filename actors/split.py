@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from engine.data.batch import Batch
-from engine.schedule.balancing import plan_microbatches
+from engine.data.prefixes import shared_prefixes
+from engine.schedule.balancing import cost_of, plan_microbatches
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,31 @@ class Split:
     plan: list[list[list[int]]]
 
     @staticmethod
-    def of(batch: Batch, *, ranks: int, token_budget: int, hidden_size: int, whole_groups: bool = False) -> Split:
-        """Plan the split of a batch (see `plan_microbatches`); `whole_groups` keeps a group's samples together.
+    def of(
+        batch: Batch,
+        *,
+        ranks: int,
+        token_budget: int,
+        hidden_size: int,
+        whole_groups: bool = False,
+        share: bool = True,
+    ) -> Split:
+        """Plan the split of a batch (see `plan_microbatches`).
 
-        The budget is raised to the largest group.
+        Samples of one group stay together as far as the budget allows, since what they begin with is then computed
+        once (`share`); `whole_groups` keeps them together in any case and raises the budget to the largest group.
         """
-        units = batch.groups() if whole_groups else [[sample] for sample in range(len(batch))]
-        lens = [int(batch.seq_lens[unit].sum()) for unit in units]
-        budget = max([token_budget, *lens]) if whole_groups else token_budget
-        plan = plan_microbatches(lens, ranks=ranks, token_budget=budget, hidden_size=hidden_size)
+        prefixes = shared_prefixes(batch) if share else [0] * len(batch)
+        lens = batch.seq_lens.tolist()
+        units = batch.groups() if whole_groups else _units(batch, prefixes, ranks=ranks, token_budget=token_budget)
+        sizes = [_tokens(unit, lens, prefixes) for unit in units]
+        costs = [
+            cost_of(prefixes[unit[0]], hidden_size)
+            + sum(cost_of(lens[i] - prefixes[i], hidden_size, seen=prefixes[i]) for i in unit)
+            for unit in units
+        ]
+        budget = max([token_budget, *sizes]) if whole_groups else token_budget
+        plan = plan_microbatches(sizes, ranks=ranks, token_budget=budget, hidden_size=hidden_size, costs=costs)
         return Split(batch, [[[s for unit in micro for s in units[unit]] for micro in share] for share in plan])
 
     def shares(self) -> list[list[Batch]]:
@@ -55,3 +72,31 @@ class Split:
             for samples, held in zip(share, values, strict=True):
                 merged |= dict(zip(samples, held, strict=True))
         return [merged[sample] for sample in range(len(self.batch))]
+
+
+def _units(batch: Batch, prefixes: Sequence[int], *, ranks: int, token_budget: int) -> list[list[int]]:
+    """Samples that are kept together: runs of a group that share what they begin with, and all others alone.
+
+    A run is cut where it exceeds the budget, or a quarter of a rank's part of the batch, so that ranks can be balanced.
+    """
+    lens = batch.seq_lens.tolist()
+    most = token_budget
+    if ranks > 1:
+        whole = sum(_tokens(group, lens, prefixes) for group in batch.groups())
+        most = min(token_budget, whole // (4 * ranks))
+    units: list[list[int]] = []
+    for group in batch.groups():
+        unit: list[int] = []
+        for sample in group:
+            joins = unit and prefixes[sample] > 0 and sample == unit[-1] + 1
+            if joins and _tokens([*unit, sample], lens, prefixes) <= most:
+                unit.append(sample)
+                continue
+            unit = [sample]
+            units.append(unit)
+    return units
+
+
+def _tokens(unit: Sequence[int], lens: Sequence[int], prefixes: Sequence[int]) -> int:
+    """Tokens of a row with these samples of one group."""
+    return prefixes[unit[0]] + sum(lens[sample] - prefixes[sample] for sample in unit)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from actors.group import WorkerGroup
+from actors.packed_row import PackedRow
 from actors.process import RankInfo
 from actors.split import Split
 from actors.trainer import Trainable, Trainer
@@ -116,6 +117,10 @@ class TrainedActor(ABC):
     @abstractmethod
     def loss(self, batch: Batch, minibatch: Minibatch, stats: Stats) -> torch.Tensor:
         """This micro-batch's share of the global loss; of an empty batch 0, after the same forward pass."""
+
+    def row(self, batch: Batch) -> PackedRow:
+        """A micro-batch as the model takes it."""
+        return PackedRow.of(batch, self.trainer.device, share=not self.config.model.adapter.virtual)
 
     def hidden_size(self) -> int:
         """Width of the model, for the cost of a sample."""
@@ -225,4 +230,5 @@ class TrainedGroup:
             token_budget=self.config.policy.tokens_per_microbatch,
             hidden_size=self.hidden_size,
             whole_groups=self._whole_groups,
+            share=not self.config.model.adapter.virtual,
         )

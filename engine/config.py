@@ -76,6 +76,11 @@ class AdapterConfig(Section):
     four_bit: bool = False
     """Keep the frozen weights in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU and bitsandbytes."""
 
+    @property
+    def virtual(self) -> bool:
+        """Whether each sample begins with trained tokens of its own, so that samples can share nothing."""
+        return self.kind in ("prompt", "prefix")
+
 
 class ModelConfig(Section):
     """The language model that the run starts from."""
@@ -372,6 +377,9 @@ class RLConfig(Section):
     """Optimizer updates per epoch over a step's samples."""
     epochs_per_step: Count = 1
     """Passes over a step's samples."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Versions of the weights that a token may be behind when it is trained. 0 is strictly on-policy: generation waits
+    for each update; with more it runs ahead beside the training (arXiv:2505.24298)."""
 
 
 class TrainingConfig(Section):
@@ -526,6 +534,9 @@ class RolloutConfig(Section):
     """Samples that one engine decodes at once."""
     kv_cache_gib: Positive = 0.5
     """Memory of one engine's key-value cache, in GiB."""
+    on_new_weights: Literal["keep", "recompute"] = "keep"
+    """Responses under way when new weights arrive (`rl.max_staleness` above 0) keep their cached keys and values
+    (arXiv:2509.19128), or have them computed anew."""
 
 
 class EvaluationConfig(Section):
@@ -550,10 +561,6 @@ class TrackingConfig(Section):
     """Mode of Weights & Biases."""
     project: str = "gnomon"
     """wandb project."""
-    entity: str | None = None
-    """wandb entity."""
-    tags: list[str] = []
-    """wandb tags."""
     samples_per_step: Annotated[int, Field(ge=0)] = 4
     """Samples of each step written to samples/."""
 
@@ -868,6 +875,11 @@ class Config(Section):
                 "teaches nothing; set it to 2 or more (4 to 16 are usual)",
             ),
             (
+                rl.max_staleness > 0 and self.placement.mode == "turns",
+                "rl.max_staleness: engines that run ahead work at the same time as the trained models; use "
+                "placement.mode separate or packed, or set it to 0",
+            ),
+            (
                 rl.minibatches_per_step > rl.prompts_per_step,
                 f"rl.minibatches_per_step: {rl.minibatches_per_step} minibatches of {rl.prompts_per_step} prompts; "
                 "use at most one minibatch per prompt (rl.prompts_per_step)",
@@ -1008,6 +1020,12 @@ class Config(Section):
         algorithm = self.algorithm
         pairs = algorithm.loss == "preference" and self.preference.loss not in ("orpo", "simpo")
         return self.reference.measure or (algorithm.reference == "start" and (algorithm.kl_coef > 0 or pairs))
+
+    @property
+    def roles_overlap(self) -> bool:
+        """Whether frozen models work beside the engines: not where they take turns, nor on a laptop's few cores."""
+        own_devices = self.device == "cuda" or self.placement.device is not None
+        return self.placement.mode != "turns" and (own_devices or self.rl.max_staleness > 0)
 
     @property
     def updates_per_step(self) -> int:

@@ -1,6 +1,6 @@
 """Runs a finished run again, in a folder beside it, and compares: the same decisions, the same metrics, bit for bit.
 
-A decision is which rows a step drew, under which sample ids, and what became of each sample; `events.jsonl` holds them
+A decision is which rows a step drew, and what became of each sample; `events.jsonl` holds them
 all. Steps that were thrown away after a machine was lost do not count; which engine served whom may differ.
 """
 
@@ -67,6 +67,11 @@ def _configuration(run_dir: Path, name: str) -> Config:
     if MASK in text:
         raise UserError(f"{record}: a secret was masked in it; keep secrets in environment variables to replay a run")
     config = Config.model_validate(yaml.safe_load(text))
+    if config.stage == "rl" and config.rl.max_staleness > 0:
+        raise UserError(
+            f"{run_dir}: which weights made which token of an asynchronous run depends on time, so running it again "
+            "gives another run; replay one with rl.max_staleness: 0"
+        )
     folder = run_dir.absolute().parent
 
     def path(given: str) -> str:
@@ -77,16 +82,22 @@ def _configuration(run_dir: Path, name: str) -> Config:
 
 
 def _decisions(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Those that stand, in order: a step that was made again has its last ones."""
-    by_step: dict[int, list[dict[str, Any]]] = {}
+    """Those that stand, in order: a step that was made again has its last ones.
+
+    The rows that a step draws are one decision; in how many parts they are drawn depends on what finishes first.
+    """
+    by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for event in read_rows(run_dir / EVENTS):
         if event["kind"] in ("went_back", "run_resumed"):
             by_step = {step: held for step, held in by_step.items() if step <= event["step"]}
         if event["kind"] in DECISIONS:
-            held = by_step.setdefault(event["step"], [])
-            held.append({key: value for key, value in event.items() if key != "time"})
+            held = by_step.setdefault(event["step"], {})
+            decision = {key: value for key, value in event.items() if key not in ("time", "sample_ids")}
+            if earlier := held.get(event["kind"]):
+                decision["rows"] = [*earlier["rows"], *decision["rows"]]
+            held[event["kind"]] = decision
     for _, held in sorted(by_step.items()):
-        yield from held
+        yield from held.values()
 
 
 def _different_metrics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Iterator[str]:

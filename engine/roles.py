@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -95,15 +95,20 @@ class GenerationRequest:
 class Rollouts(Protocol):
     """The engines."""
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], settings: SamplingSettings
-    ) -> Iterator[tuple[int, list[Generation]]]:
-        """Yields (key, responses) as each prompt's responses are whole, in any order."""
+    @property
+    def under_way(self) -> bool:
+        """Whether answers are outstanding."""
+
+    def ask(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> None:
+        """Have prompts answered, each under a key that no other one under way has; `poll` gives the responses."""
+
+    def poll(self, wait_s: float) -> list[tuple[int, list[Generation]]]:
+        """(key, responses) of prompts that are answered in full; waits for the first up to `wait_s` seconds."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to the policy's current weights under this version; returns timings and sizes.
 
-        Engines that hold this version already are left as they are.
+        What is being generated goes on. Engines that hold this version already are left as they are.
         """
 
     def reset(self) -> None:
@@ -172,11 +177,18 @@ class Reference(Protocol):
 class Rewards(Protocol):
     """Reward functions and reward models."""
 
-    def submit(self, key: int, samples: Sequence[Sample]) -> None:
-        """Start scoring; results come from `collect`."""
+    @property
+    def under_way(self) -> bool:
+        """Whether scores are outstanding."""
 
-    def collect(self) -> Iterator[tuple[int, Scores]]:
-        """Yields (key, scores) of everything submitted, as it is done."""
+    def submit(self, key: int, samples: Sequence[Sample]) -> None:
+        """Start scoring; `poll` gives the result."""
+
+    def poll(self, wait_s: float, *, engines_idle: bool) -> list[tuple[int, Scores]]:
+        """(key, scores) of groups that are scored; waits for the first up to `wait_s` seconds.
+
+        `engines_idle` says that models which share something with the engines may work now.
+        """
 
     def reset(self) -> None:
         """Forget what was submitted."""

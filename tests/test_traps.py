@@ -76,7 +76,6 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from actors.packed_model import PackedRow
+from actors.packed_row import PackedRow
 from actors.policy import PolicyActor
 from actors.process import RankInfo
 from actors.split import Split
@@ -105,15 +104,16 @@ from engine.data.sources import Rows
 from engine.plan import Plan, prepare
 from engine.rewards.composition import Component, Composition
 from engine.rewards.contract import Row, Sample, Scores
-from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings, Workers
+from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
 from engine.schedule.balancing import plan_microbatches
-from engine.stages.experience import Group, RewardScheme, collect_groups, to_batch
+from engine.stages.experience import Experience, Group, RewardScheme, to_batch
 from engine.stages.loop import Loop
 from engine.stages.rl import RLStage
 from engine.stages.sft import SFTStage
 from engine.stop_signals import StopSignals
 from engine.tracking.incidents import IncidentLog
 from engine.tracking.tracker import Tracker
+from tests.stages.doubles import Engines, Rewards, sampling
 
 ELSEWHERE = re.findall(r"(\S+\.py)::(\w+)", __doc__)
 END = 1
@@ -153,52 +153,40 @@ class Model:
         self.saved.append(len(self.seen))
 
 
-class Engines:
-    """Engines and rewards, as a stage sees them: responses of two tokens, rewarded by their place in the group.
+def two_tokens(request: GenerationRequest, version: int) -> list[Generation]:
+    return [Generation((9, END), (-1.0, -1.0), (version, version), "x", "stop") for _ in request.seeds]
 
-    The reward of every second response is `broken`, if that is given, as a reward model would say it.
-    """
 
-    def __init__(self, broken: float | None = None) -> None:
-        self.broken = broken
-        self.requests: list[GenerationRequest] = []
-        self.scored: dict[int, list[Sample]] = {}
-        self.samples: list[Sample] = []
-        self.versions: list[int] = []
-
-    def generate(self, requests: Any, settings: SamplingSettings) -> Iterator[tuple[int, list[Generation]]]:
-        self.requests += requests
-        for request in requests:
-            yield request.key, [Generation((9, END), (-1.0, -1.0), (0, 0), "x", "stop") for _ in request.seeds]
-
-    def publish(self, version: int) -> dict[str, float]:
-        self.versions.append(version)
-        return {}
-
-    def submit(self, key: int, samples: Any) -> None:
-        self.scored[key] = samples
-        self.samples += samples
-
-    def collect(self) -> Iterator[tuple[int, Scores]]:
-        scored, self.scored = self.scored, {}
-        for key, samples in scored.items():
-            values_B = np.arange(len(samples), dtype=np.float32)
-            if self.broken is not None:
-                values_B[1::2] = self.broken
-            ids = [sample.id for sample in samples]
-            yield key, Scores.without_opinion(len(samples)).plus("rm", values_B, [None] * len(ids), ids)
+def by_place(samples: list[Sample], broken: float | None = None) -> Scores:
+    """Rewards by the place in the group; that of every second response is `broken`, as a reward model would say it."""
+    values_B = np.arange(len(samples), dtype=np.float32)
+    if broken is not None:
+        values_B[1::2] = broken
+    ids = [sample.id for sample in samples]
+    return Scores.without_opinion(len(samples)).plus("rm", values_B, [None] * len(ids), ids)
 
 
 @contextmanager
-def online(folder: Path, engines: Engines, policy: Model, value_model: Model | None = None, **changes: Any) -> Any:
+def online(
+    folder: Path,
+    policy: Model,
+    value_model: Model | None = None,
+    *,
+    engines: Engines | None = None,
+    rewards: Rewards | None = None,
+    **changes: Any,
+) -> Any:
     """The stage of online training over these, with seven prompts."""
     sizes = {"steps": 3, "prompts_per_step": 3, "samples_per_prompt": 4}
     config = configure(rl=sizes, name=folder.name, output_dir=str(folder.parent), **changes)
     tracker = Tracker(config)
-    doubles: dict[str, Any] = {"policy": policy, "critic": value_model, "sampling": Sampling(engines, engines)}
-    workers = Workers(**doubles)
+    doubles: dict[str, Any] = {"policy": policy, "critic": value_model}
+    answers = sampling(engines or Engines(two_tokens), rewards or Rewards(by_place))
+    workers = Workers(**doubles, sampling=answers)
     prompts = [Prompt((5, 6, i), f"prompt {i}", {}) for i in range(7)]
-    yield RLStage(config, workers, tracker, Plan(train_prompts=prompts, components=[Component("rm")]))
+    stage = RLStage(config, workers, tracker, Plan(train_prompts=prompts, components=[Component("rm")]))
+    stage.supply.begin(0)
+    yield stage
     tracker.close("succeeded")
 
 
@@ -231,7 +219,8 @@ def test_one_reward_that_is_not_finite_does_not_reach_the_whitening():
 def test_a_step_with_rewards_that_are_not_finite_trains_the_others_on_finite_advantages(tmp_path, name, broken):
     policy, critic = Model("policy"), Model("critic") if name == "ppo" else None
     algorithm = {"name": name, "kl_coef": 0, "whiten_advantages": True, "whiten_rewards": True}
-    with online(tmp_path / "run", Engines(broken), policy, critic, algorithm=algorithm) as stage:
+    rewards = Rewards(partial(by_place, broken=broken))
+    with online(tmp_path / "run", policy, critic, rewards=rewards, algorithm=algorithm) as stage:
         stage.step(1)
     [batch] = policy.seen
     assert batch.sample_ids.tolist() == [0, 2, 4, 6, 8, 10]
@@ -312,14 +301,12 @@ def test_the_reward_sees_the_prompt_and_the_tokens_that_the_model_saw(tiny_model
     text = "the quick brown fox jumps over the lazy dog"
     rows = Rows([{"prompt": text}], ["t:1"], [])
     [prompt] = build_prompts(rows, tokenizer, data=data, max_prompt_tokens=4).prompts
-    engines: Any = Engines()
+    engines, rewards = Engines(two_tokens), Rewards(by_place)
     tracker = Tracker(configure(name="run", output_dir=str(tmp_path)))
-    sampling = Sampling(engines, engines)
-    collect_groups(
-        sampling, tracker, RewardScheme(Composition([]), None), [prompt], [[0]], [(1,)], SamplingSettings(1.0, 8)
-    )
+    experience = Experience(sampling(engines, rewards), tracker, RewardScheme(Composition([]), None))
+    experience.collect([prompt], [[0]], [(1,)], SamplingSettings(1.0, 8))
     tracker.close("succeeded")
-    [request], [sample] = engines.requests, engines.samples
+    [request], [sample] = engines.requests, rewards.samples
     assert request.prompt == sample.prompt_ids == tuple(tokenizer(text)["input_ids"][-4:])
     assert sample.prompt == tokenizer.decode(request.prompt)
     assert sample.completion_ids == (9, END)
@@ -373,9 +360,9 @@ def test_of_3000_random_batches_none_is_packed_over_the_budget():
 
 
 def test_after_the_critics_warm_up_the_policy_is_not_given_the_samples_of_the_warm_up(tmp_path):
-    engines, policy, critic = Engines(), Model("policy"), Model("critic")
+    engines, policy, critic = Engines(two_tokens), Model("policy"), Model("critic")
     algorithm, warm_up = {"name": "ppo", "kl_coef": 0}, {"warmup_steps": 2}
-    with online(tmp_path / "run", engines, policy, critic, algorithm=algorithm, critic=warm_up) as stage:
+    with online(tmp_path / "run", policy, critic, engines=engines, algorithm=algorithm, critic=warm_up) as stage:
         for step in (1, 2, 3):
             stage.step(step)
     assert [batch.sample_ids.tolist() for batch in critic.seen] == [[*range(n, n + 12)] for n in (0, 12, 24)]
@@ -384,20 +371,22 @@ def test_after_the_critics_warm_up_the_policy_is_not_given_the_samples_of_the_wa
 
 
 def test_a_resumed_run_goes_on_with_the_prompts_ids_seeds_and_counts_that_it_would_have_had(tmp_path):
-    whole, rest = Engines(), Engines()
-    with online(tmp_path / "whole", whole, Model("policy")) as stage:
+    whole, rest = ((Engines(two_tokens), Rewards(by_place)) for _ in range(2))
+    with online(tmp_path / "whole", Model("policy"), engines=whole[0], rewards=whole[1]) as stage:
         for step in (1, 2):
             stage.step(step)
         stage.kl.value = 0.3
         state = json.loads(json.dumps(stage.state()))
-        before = len(whole.requests), len(whole.samples)
+        before = len(whole[0].requests), len(whole[1].samples)
         stage.step(3)
         expected = stage.ledger.state_dict()
-    with online(tmp_path / "rest", rest, Model("policy")) as stage:
+    with online(tmp_path / "rest", Model("policy"), engines=rest[0], rewards=rest[1]) as stage:
         stage.load_state(state)
+        stage.begin(2)
         stage.step(3)
-    assert rest.requests == whole.requests[before[0] :]
-    assert [sample.id for sample in rest.samples] == [sample.id for sample in whole.samples[before[1] :]]
+    sent = [(request.prompt, request.seeds, request.sample_ids) for request in rest[0].requests]
+    assert sent == [(r.prompt, r.seeds, r.sample_ids) for r in whole[0].requests[before[0] :]]
+    assert [sample.id for sample in rest[1].samples] == [sample.id for sample in whole[1].samples[before[1] :]]
     assert stage.ledger.state_dict() == expected
     assert stage.kl.value == 0.3
 

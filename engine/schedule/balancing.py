@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def cost_of(tokens: int, hidden_size: int, seen: int = 0) -> int:
+    """What `tokens` tokens cost that see each other and `seen` earlier ones: linear layers and attention, to scale."""
+    return tokens * (6 * hidden_size + tokens + 2 * seen)
+
+
 def plan_microbatches(
-    seq_lens: Sequence[int], *, ranks: int, token_budget: int, hidden_size: int
+    seq_lens: Sequence[int],
+    *,
+    ranks: int,
+    token_budget: int,
+    hidden_size: int,
+    costs: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Which samples each rank runs together: `plan[rank][micro_batch]` is a list of sample positions.
 
-    Balanced by cost, not by count: a transformer layer spends about `n * (6 * hidden_size + n)` on a sample of n
-    tokens (linear layers and attention). Every rank gets the same number of micro-batches, since collectives
-    inside a forward pass (ZeRO-3) need all ranks; a rank with fewer gets empty ones at its end. No micro-batch
-    exceeds the budget.
+    Balanced by cost, not by count: `costs`, or those of samples that share nothing (`cost_of`). Every rank gets the
+    same number of micro-batches, since collectives inside a forward pass (ZeRO-3) need all ranks; a rank with fewer
+    gets empty ones at its end. No micro-batch exceeds the budget.
 
     Raises:
         ValueError: a sample alone exceeds the budget.
@@ -21,13 +30,14 @@ def plan_microbatches(
     longest = max(seq_lens, default=0)
     if longest > token_budget:
         raise ValueError(f"a sample of {longest} tokens exceeds the budget of {token_budget} tokens per micro-batch")
+    costs = costs if costs is not None else [cost_of(length, hidden_size) for length in seq_lens]
     by_length = sorted(range(len(seq_lens)), key=lambda i: (-seq_lens[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     cost = [0] * ranks
     for sample in by_length:
         rank = min(range(ranks), key=cost.__getitem__)
         shares[rank].append(sample)
-        cost[rank] += seq_lens[sample] * (6 * hidden_size + seq_lens[sample])
+        cost[rank] += costs[sample]
     plan = [_pack(share, seq_lens, token_budget) for share in shares]
     most = max(map(len, plan))
     return [bins + [[] for _ in range(most - len(bins))] for bins in plan]

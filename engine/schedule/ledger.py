@@ -80,14 +80,19 @@ class SampleLedger:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The account between two steps, when nothing is in flight: plain JSON, for a checkpoint."""
-        assert not self._in_flight, f"samples in flight: {sorted(self._in_flight)[:9]}"
-        return {"next_id": self._next_id, "trained": self.trained, "dropped": dict(self.dropped)}
+        """The account between two steps: plain JSON, for a checkpoint."""
+        return {
+            "next_id": self._next_id,
+            "trained": self.trained,
+            "dropped": dict(self.dropped),
+            "in_flight": sorted(self._in_flight),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self._next_id, self.trained = state["next_id"], state["trained"]
         self.dropped = Counter(state["dropped"])
+        self._in_flight = set(state["in_flight"])
         self.check()
 
     def _settle(self, sample_ids: Iterable[int], outcome: str) -> int:

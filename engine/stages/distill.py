@@ -21,7 +21,7 @@ from engine.data.prompts import Prompt
 from engine.plan import Plan
 from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
 from engine.stages.evaluation import EXAMPLES_PER_PASS, SEED_STREAM, evaluate_text
-from engine.stages.experience import sample_seeds
+from engine.stages.experience import generate, sample_seeds
 from engine.stages.offline import OfflineStage
 from engine.tracking.tracker import Tracker
 
@@ -82,7 +82,7 @@ class DistillStage(OfflineStage):
         answers: dict[int, Generation] = {}
         for start in range(0, len(requests), EXAMPLES_PER_PASS):  # each with a deadline of its own
             part = requests[start : start + EXAMPLES_PER_PASS]
-            answers |= {key: generations[0] for key, generations in self.rollouts.generate(part, self.settings)}
+            answers |= {key: generations[0] for key, generations in generate(self.rollouts, part, self.settings)}
         return [list(answers[i].token_ids) for i in range(len(prompts))]
 
     def measure(self, step: int) -> dict[str, float]:

@@ -11,9 +11,8 @@ from engine.config import Config
 from engine.data.batch import Batch
 from engine.data.examples import Example, to_batch
 from engine.data.prompts import Prompt
-from engine.roles import Policy, Sampling, SamplingSettings
-from engine.stages.experience import RewardScheme, collect_groups, no_reward_error, sample_seeds
-from engine.tracking.tracker import Tracker
+from engine.roles import Policy, SamplingSettings
+from engine.stages.experience import Experience, no_reward_error, sample_seeds
 
 EXAMPLES_PER_PASS = 256
 """Held-out rows are measured this many at a time."""
@@ -21,9 +20,7 @@ SEED_STREAM = 2**31
 """Keeps evaluation seeds apart from those of training steps; every evaluation uses the same ones."""
 
 
-def evaluate_answers(
-    config: Config, sampling: Sampling, tracker: Tracker, scheme: RewardScheme, prompts: Sequence[Prompt]
-) -> dict[str, float]:
+def evaluate_answers(config: Config, experience: Experience, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Answer held-out prompts with the current weights and score the answers.
 
     A sample whose reward failed counts in no estimate (`eval/dropped` counts them), and its prompt not in pass@k.
@@ -36,15 +33,11 @@ def evaluate_answers(
     settings = SamplingSettings(
         config.evaluation.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
     )
-    groups = collect_groups(
-        sampling,
-        tracker,
-        scheme,
+    groups = experience.collect(
         prompts,
         [range(i * k, (i + 1) * k) for i in range(len(prompts))],
         [sample_seeds(config.seed, SEED_STREAM, i, count=k) for i in range(len(prompts))],
         settings,
-        learn=False,
     )
     scored = [group.scores.totals[group.kept()] for group in groups]
     counts = np.array([len(totals) for totals in scored])

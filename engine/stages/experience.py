@@ -1,12 +1,15 @@
-"""Experience: prompts go to the engines, finished groups go to the reward functions while others are still generated.
+"""Experience: prompts go to the engines, finished groups to the reward functions while others are still generated.
 
-Used by training and by evaluation alike. What the components come to is decided once all groups are scored.
+    ask(prompts) --> engines --> poll(): responses --> rewards --> poll(): scored groups in `done`
+
+Used by training and by evaluation alike. Nobody waits for a group but who asked for it. What the components come to is
+decided by `compose`, over the groups that belong together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +22,14 @@ from engine.data.steps import StepCutter
 from engine.plan import Plan
 from engine.rewards.composition import ENVIRONMENT, Composition
 from engine.rewards.contract import RewardError, Sample, Scores
-from engine.roles import Generation, GenerationRequest, Sampling, SamplingSettings
+from engine.roles import Generation, GenerationRequest, Rollouts, Sampling, SamplingSettings
 from engine.row import Row
 from engine.tracking.tracker import Tracker
 
+WAIT_S = 1.0
+"""How long one look at engines and rewards may wait; longer waits are made of these."""
+TICK_S = 0.02
+"""The same, where both have something under way, which are looked at by turns."""
 STEP_FIELDS = ("step_ends", "step_rewards")
 """Annotations of a batch: 1 at the last token of each step, and what was earned there."""
 
@@ -85,49 +92,106 @@ class RewardScheme:
         return self.cutter.texts(generation.token_ids, ends)
 
 
-def collect_groups(
-    sampling: Sampling,
-    tracker: Tracker,
-    scheme: RewardScheme,
-    prompts: Sequence[Prompt],
-    sample_ids: Sequence[Sequence[int]],
-    seeds: Sequence[tuple[int, ...]],
-    settings: SamplingSettings,
-    *,
-    step: int | None = None,
-    learn: bool = True,
-) -> list[Group]:
-    """Generate and score one response per sample id; groups come back in the order of the prompts.
+class Experience:
+    """Groups on their way from prompts to scores, each under a number of its own; later ones have higher numbers."""
 
-    Failed reward calls and failed episodes are recorded as events. Without `learn` the rewards are composed as they are
-    compared over time (see `Composition`).
-    """
-    requests = [
-        GenerationRequest(key, prompt.token_ids, group_seeds, prompt.row, tuple(ids))
-        for key, (prompt, group_seeds, ids) in enumerate(zip(prompts, seeds, sample_ids, strict=True))
-    ]
-    generations: dict[int, list[Generation]] = {}
-    ends: dict[int, list[list[int]]] = {}
-    scores: dict[int, Scores] = {}
-    try:
-        for key, generated in sampling.rollouts.generate(requests, settings):
-            generations[key] = generated
-            ends[key] = [scheme.step_ends(generation) for generation in generated]
-            texts = [scheme.step_texts(g, e) for g, e in zip(generated, ends[key], strict=True)]
-            sampling.rewards.submit(key, _samples(prompts[key], sample_ids[key], generated, texts))
-        if step is not None:
-            tracker.event("phase", step=step, phase="score")
-        for key, scored in sampling.rewards.collect():
-            scores[key] = _checked(scored, generations[key], ends[key], sample_ids[key])
-            _record(tracker, scores[key].incidents)
-    except RewardError as error:
-        _record(tracker, error.incidents)
-        raise
-    composed = scheme.composition.compose([scores[key] for key in range(len(prompts))], learn=learn)
-    return [
-        Group(prompt, list(ids), generations[key], composed[key], ends[key])
-        for key, (prompt, ids) in enumerate(zip(prompts, sample_ids, strict=True))
-    ]
+    def __init__(self, sampling: Sampling, tracker: Tracker, scheme: RewardScheme) -> None:
+        self.rollouts, self.rewards = sampling.rollouts, sampling.rewards
+        self.tracker = tracker
+        self.scheme = scheme
+        self.done: dict[int, Group] = {}
+        """Groups that are generated and scored; who takes one removes it."""
+        self._asked: dict[int, tuple[Prompt, list[int]]] = {}
+        self._scoring: dict[int, Group] = {}
+        self._next = 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether groups are outstanding."""
+        return bool(self._asked or self._scoring)
+
+    @property
+    def only_scoring(self) -> bool:
+        """Whether all that is outstanding is scores."""
+        return bool(self._scoring) and not self._asked
+
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        sample_ids: Sequence[Sequence[int]],
+        seeds: Sequence[tuple[int, ...]],
+        settings: SamplingSettings,
+    ) -> list[int]:
+        """Have one response per sample id generated and scored; returns the groups' numbers."""
+        requests = [
+            GenerationRequest(self._next + i, prompt.token_ids, group_seeds, prompt.row, tuple(ids))
+            for i, (prompt, group_seeds, ids) in enumerate(zip(prompts, seeds, sample_ids, strict=True))
+        ]
+        self._next += len(requests)
+        for request, prompt, ids in zip(requests, prompts, sample_ids, strict=True):
+            self._asked[request.key] = (prompt, list(ids))
+        self.rollouts.ask(requests, settings)
+        return [request.key for request in requests]
+
+    def poll(self, wait_s: float) -> None:
+        """Take what the engines and the rewards have finished; waits for the first of it up to `wait_s` seconds.
+
+        Failed reward calls and failed episodes are recorded as events.
+
+        Raises:
+            RewardError: a reward failed that must not fail.
+        """
+        try:
+            if self._asked:
+                for number, generations in self.rollouts.poll(min(wait_s, TICK_S) if self._scoring else wait_s):
+                    self._score(number, generations)
+            if self._scoring:
+                still = 0.0 if self._asked else wait_s
+                for number, scores in self.rewards.poll(still, engines_idle=not self._asked):
+                    group = self._scoring.pop(number)
+                    scores = _checked(scores, group.generations, group.step_ends, group.sample_ids)
+                    _record(self.tracker, scores.incidents)
+                    self.done[number] = replace(group, scores=scores)
+        except RewardError as error:
+            _record(self.tracker, error.incidents)
+            raise
+
+    def compose(self, groups: Sequence[Group], *, learn: bool) -> list[Group]:
+        """The groups with their totals. Without `learn` as they are compared over time (see `Composition`)."""
+        scores = self.scheme.composition.compose([group.scores for group in groups], learn=learn)
+        return [replace(group, scores=composed) for group, composed in zip(groups, scores, strict=True)]
+
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        sample_ids: Sequence[Sequence[int]],
+        seeds: Sequence[tuple[int, ...]],
+        settings: SamplingSettings,
+    ) -> list[Group]:
+        """`ask`, and wait for all of it; the groups, composed without learning, in the order of the prompts."""
+        numbers = self.ask(prompts, sample_ids, seeds, settings)
+        while not all(number in self.done for number in numbers):
+            self.poll(WAIT_S)
+        return self.compose([self.done.pop(number) for number in numbers], learn=False)
+
+    def _score(self, number: int, generations: list[Generation]) -> None:
+        prompt, ids = self._asked.pop(number)
+        ends = [self.scheme.step_ends(generation) for generation in generations]
+        texts = [self.scheme.step_texts(g, e) for g, e in zip(generations, ends, strict=True)]
+        self._scoring[number] = Group(prompt, ids, generations, Scores.without_opinion(len(ids)), ends)
+        self.rewards.submit(number, _samples(prompt, ids, generations, texts))
+
+
+def generate(
+    rollouts: Rollouts, requests: Sequence[GenerationRequest], settings: SamplingSettings
+) -> Iterator[tuple[int, list[Generation]]]:
+    """Have prompts answered and yield (key, responses) as each is, in any order; nothing else may be under way."""
+    rollouts.ask(requests, settings)
+    left = {request.key for request in requests}
+    while left:
+        for key, generations in rollouts.poll(WAIT_S):
+            left.remove(key)
+            yield key, generations
 
 
 def _checked(

@@ -19,7 +19,7 @@ from engine.data.sampler import RowSampler
 from engine.plan import Plan
 from engine.roles import Trained, Workers
 from engine.stages.evaluation import evaluate_answers, evaluate_text
-from engine.stages.experience import RewardScheme
+from engine.stages.experience import Experience, RewardScheme
 from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
 from engine.tracking.tracker import Tracker
@@ -35,13 +35,13 @@ class OfflineStage(ABC):
         self.guard = NumericsGuard(tracker, stop_after=config.optimizer.stop_after_skipped)
         self._policy = workers.policy
         self.sampling = workers.sampling
+        self.experience = Experience(workers.sampling, tracker, RewardScheme.of(plan)) if workers.sampling else None
         self.tracker = tracker
         self.name = config.stage
         self.train = plan.train
         self.held_out = plan.held_out
         self.general_text = plan.general_text
         self.held_out_prompts = plan.held_out_prompts
-        self.scheme = RewardScheme.of(plan)
         self.total_steps = plan.updates
         self.sampler = RowSampler(len(plan.train), seed=config.seed)
         self.watch = Stopwatch(tracker)
@@ -77,9 +77,10 @@ class OfflineStage(ABC):
         """The held-out rows, and where reward functions are given, answers to their prompts."""
         metrics = self.measure(step) if len(self.held_out) else {}
         metrics |= self.general()
-        if self.sampling is not None and self.held_out_prompts and self.scheme.composition.components:
+        experience = self.experience
+        if experience is not None and self.held_out_prompts and experience.scheme.composition.components:
             self.publish(step)
-            metrics |= evaluate_answers(self.config, self.sampling, self.tracker, self.scheme, self.held_out_prompts)
+            metrics |= evaluate_answers(self.config, experience, self.held_out_prompts)
         return metrics
 
     def publish(self, step: int) -> None:

@@ -2,9 +2,11 @@
 
     prompts --> engines --(finished groups)--> rewards --> advantages --> critic, policy --> publish --> engines
 
-The controller waits for the slowest group of a step and its rewards, then for the updates; each wait has a deadline.
-Strictly on-policy: every token of a step was sampled from the weights that the step updates. What an algorithm is, is
-said by the knobs of `AlgorithmConfig`; engine/presets.py names the usual settings of them.
+The controller waits for the slowest group that a step cannot do without and its rewards, then for the updates; each
+wait has a deadline. Strictly on-policy (`rl.max_staleness: 0`) every token of a step was sampled from the weights that
+the step updates; else tokens are at most so many versions old, each knows its version, and importance weights correct
+for it (`algorithm.correction`). What an algorithm is, is said by the knobs of `AlgorithmConfig`; engine/presets.py
+names the usual settings of them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from engine.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
 from engine.algorithms.values import explained_variance
 from engine.config import ASKING, AlgorithmConfig, Config
 from engine.data.batch import Batch
-from engine.data.prompts import Prompt
-from engine.data.sampler import RowSampler
 from engine.plan import Plan
-from engine.roles import SamplingSettings, Trained, Workers
-from engine.schedule.ledger import SampleLedger, spans
+from engine.roles import Trained, Workers
+from engine.schedule.ledger import SampleLedger
 from engine.stages.advantage import with_advantages
+from engine.stages.early_passes import EarlyPasses, Pass
 from engine.stages.evaluation import evaluate_answers
-from engine.stages.experience import Group, RewardScheme, collect_groups, no_reward_error, sample_seeds, to_batch
+from engine.stages.experience import Experience, Group, RewardScheme, to_batch
 from engine.stages.guard import NumericsGuard
 from engine.stages.loop import Stopwatch
 from engine.stages.measures import measures
+from engine.stages.supply import Supply
 from engine.tracking.alarms import RewardAlarms
 from engine.tracking.tracker import Tracker
 
@@ -48,41 +50,45 @@ class RLStage:
         self.policy = workers.policy
         self.critic = workers.critic
         self.reference = workers.reference
-        self.sampling = workers.sampling
+        self.rollouts = workers.sampling.rollouts
         self.tracker = tracker
         self.models: dict[str, Trained] = {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
         self.name = config.algorithm.name
         self.total_steps = config.rl.steps
-        self.train_prompts = plan.train_prompts
         self.held_out_prompts = plan.held_out_prompts
-        self.sampler = RowSampler(len(self.train_prompts), seed=config.seed)
-        self.scheme = RewardScheme.of(plan)
+        self.experience = Experience(workers.sampling, tracker, RewardScheme.of(plan))
         self.ledger = SampleLedger()
+        self.passes = EarlyPasses(self._early_passes())
+        self.supply = Supply(config, plan, tracker, self.experience, self.ledger, self.passes)
         self.kl = kl_controller(config.algorithm)
         self.guard = NumericsGuard(tracker, stop_after=config.optimizer.stop_after_skipped)
-        self.settings = SamplingSettings(
-            config.rollout.temperature, config.rollout.max_new_tokens, tuple(config.rollout.stop)
-        )
         self.alarms = alarms_of(config, plan)
         self.watch = Stopwatch(tracker)
 
     def begin(self, step: int) -> None:
         """Bring the engines to the policy's weights."""
-        self.sampling.rollouts.publish(step)
+        self.rollouts.publish(step)
+        self.supply.begin(step)
 
     def step(self, step: int) -> dict[str, float]:
         """Generate, score, compare, update, publish."""
-        drawn, groups = self._rollout(step)
-        metrics = measures(drawn) | {"rollout/epoch": float(self.sampler.epoch)}
-        if groups:
-            batch = self._annotate(to_batch(groups), step)
+        with self.watch.timed("rollout", step):
+            drawn, groups = self.supply.take(step)
+        metrics = measures(drawn) | {"rollout/epoch": float(self.supply.sampler.epoch)}
+        if any(group.kept() for group in groups):
+            batch = to_batch(groups)
+            metrics |= self.supply.stale_shares(batch)
+            self._record_lengths(batch, step)
+            batch = self._annotate(batch, step)
             metrics |= self._measure_kl(batch)
             if self.guard.check(batch, step):
                 metrics |= self._learn(batch, step)
-        self._settle(metrics, step)
-        if metrics.get("policy/updates", 0) > 0:
+        self._settle(metrics, step, [i for group in drawn for i in group.sample_ids])
+        updated = metrics.get("policy/updates", 0) > 0
+        if updated:
             with self.watch.timed("publish", step):
-                metrics |= self.sampling.rollouts.publish(step)
+                metrics |= self.rollouts.publish(step)
+        self.supply.trained(step if updated else None)
         self._record(step, drawn)
         for alarm in self.alarms.step(metrics):
             self.tracker.alarm(step, alarm)
@@ -92,7 +98,7 @@ class RLStage:
         """Rewards of answers to held-out prompts."""
         if not self.held_out_prompts:
             return {}
-        metrics = evaluate_answers(self.config, self.sampling, self.tracker, self.scheme, self.held_out_prompts)
+        metrics = evaluate_answers(self.config, self.experience, self.held_out_prompts)
         for alarm in self.alarms.evaluation(metrics):
             self.tracker.alarm(step, alarm)
         return metrics
@@ -104,70 +110,45 @@ class RLStage:
     def state(self) -> dict[str, Any]:
         """Order of prompts, account of samples, weight of the KL, statistics of the rewards, memory of the alarms."""
         return {
-            "sampler": self.sampler.state_dict(),
+            "supply": self.supply.state_dict(),
             "ledger": self.ledger.state_dict(),
             "kl_coef": self.kl.value,
-            "rewards": self.scheme.composition.state_dict(),
+            "rewards": self.experience.scheme.composition.state_dict(),
             "alarms": self.alarms.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self.sampler.load_state_dict(state["sampler"])
+        self.supply.load_state_dict(state["supply"])
         self.ledger.load_state_dict(state["ledger"])
         self.kl.value = state["kl_coef"]
-        self.scheme.composition.load_state_dict(state["rewards"])
+        self.experience.scheme.composition.load_state_dict(state["rewards"])
         self.alarms.load_state_dict(state["alarms"])
 
-    def _rollout(self, step: int) -> tuple[list[Group], list[Group]]:
-        """A step's groups, generated and scored: all that were drawn, and those that are to be trained.
-
-        With dynamic sampling (arXiv:2503.14476) groups whose rewards do not differ are replaced by those of other
-        prompts, as long as there are rounds left; what was accepted by then is kept.
-        """
-        algorithm, wanted = self.config.algorithm, self.config.rl.prompts_per_step
-        rounds_left = 1 + algorithm.dynamic_sampling_rounds
-        drawn: list[Group] = []
-        accepted: list[Group] = []
-        with self.watch.timed("rollout", step):
-            while len(accepted) < wanted and rounds_left > 0:
-                rounds_left -= 1
-                for group in self._draw(step, first=len(drawn), count=wanted - len(accepted)):
-                    drawn.append(group)
-                    reasons = group.dropped()
-                    if group.differs() or algorithm.dynamic_sampling_rounds == 0:
-                        accepted.append(group)
-                    else:
-                        reasons = dict.fromkeys(range(len(group.sample_ids)), "group_without_signal") | reasons
-                    for position, reason in reasons.items():
-                        self.ledger.drop([group.sample_ids[position]], reason)
-        if not any(group.kept() for group in drawn):
-            raise no_reward_error(drawn)
-        return drawn, accepted
-
-    def _draw(self, step: int, *, first: int, count: int) -> list[Group]:
-        """The next `count` prompts' groups; the step has drawn `first` before them."""
-        samples = self.config.rl.samples_per_prompt
-        rows = self.sampler.next(count)
-        prompts: list[Prompt] = [self.train_prompts[i] for i in rows]
-        ids = [self.ledger.admit(samples) for _ in prompts]
-        self.tracker.event("admitted", step=step, rows=rows, sample_ids=spans(i for group in ids for i in group))
-        seeds = [sample_seeds(self.config.seed, step, first + i, count=samples) for i in range(count)]
-        return collect_groups(self.sampling, self.tracker, self.scheme, prompts, ids, seeds, self.settings, step=step)
+    def _early_passes(self) -> dict[str, Pass]:
+        """What is asked of each model while groups are still generated, by the name that `_annotate` asks under."""
+        config = self.config
+        if not config.roles_overlap:
+            return {}
+        passes: dict[str, Pass] = {}
+        if config.compares_with_start and self.reference is not None:
+            passes["reference"] = self.reference.logprobs
+        if self.critic is not None and config.rl.max_staleness == 0:  # else it may be in training
+            passes["values"] = self.critic.values
+        return passes
 
     def _annotate(self, batch: Batch, step: int) -> Batch:
         """Log-probs under other weights and values, only where something needs them."""
         config, algorithm = self.config, self.config.algorithm
         start_logp = None
         if config.compares_with_start:
-            with self.watch.timed("reference", step):
-                start_logp = (self.reference.logprobs if self.reference else self.policy.base_logprobs)(batch)
+            asked = self.reference.logprobs if self.reference else self.policy.base_logprobs
+            start_logp = self._pass("reference", asked, batch, step)
             batch = batch.annotate(start_logp=start_logp)
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
         later_updates = config.updates_per_step > 1 and not algorithm.trains_pairs
         if in_reward or later_updates or algorithm.reference == "step":
-            with self.watch.timed("old_logp", step):
-                batch = batch.annotate(old_logp=self.policy.logprobs(batch))
+            batch = batch.annotate(old_logp=self._pass("old_logp", self.policy.logprobs, batch, step))
         if algorithm.reference == "step":
             batch = batch.annotate(ref_logp=batch.annotations["old_logp"])
         elif start_logp is not None:
@@ -176,9 +157,14 @@ class RLStage:
             sums_B = batch.sum_per_sample(batch.annotations["ref_logp"])
             batch = batch.label(ref_logp=sums_B.astype(np.float32))
         if self.critic is not None:
-            with self.watch.timed("values", step):
-                batch = batch.annotate(values=self.critic.values(batch))
+            batch = batch.annotate(values=self._pass("values", self.critic.values, batch, step))
         return batch
+
+    def _pass(self, name: str, call: Pass, batch: Batch, step: int) -> np.ndarray:
+        """[T] values of a batch under a model: those that are there already, else by asking it now."""
+        with self.watch.timed(name, step):
+            early = self.passes.take(name, batch)
+            return early if early is not None else self.supply.beside(call, batch, step=step)
 
     def _learn(self, batch: Batch, step: int) -> dict[str, float]:
         """Advantages, then the updates of critic and policy; the samples are settled in the ledger."""
@@ -194,13 +180,13 @@ class RLStage:
         metrics: dict[str, float] = {}
         if self.critic is not None:
             with self.watch.timed("critic_update", step):
-                metrics |= self.guard.update(self.critic, minibatches, step)
+                metrics |= self.supply.beside(self.guard.update, self.critic, minibatches, step, step=step)
             mask = batch.loss_mask
             values_T, returns_T = (torch.from_numpy(batch.annotations[name][mask]) for name in ("values", "returns"))
             metrics["critic/explained_variance"] = explained_variance(values_T, returns_T)
         if self.critic is None or step > config.critic.warmup_steps:
             with self.watch.timed("update", step):
-                metrics |= self.guard.update(self.policy, minibatches, step)
+                metrics |= self.supply.beside(self.guard.update, self.policy, minibatches, step, step=step)
         if step == 1 + config.critic.warmup_steps:
             self._check_first_step(metrics)
         if self._learned(metrics):
@@ -223,11 +209,12 @@ class RLStage:
                 if len(part):
                     yield batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
 
-    def _settle(self, metrics: dict[str, float], step: int) -> None:
+    def _settle(self, metrics: dict[str, float], step: int, sample_ids: Sequence[int]) -> None:
         """Every sample of the step is trained, or dropped for a reason, when it ends; the KL's weight follows it."""
         learned = self._learned(metrics)
-        if self.ledger.in_flight:
-            self.ledger.drop(self.ledger.in_flight, "not_selected" if learned else "nothing_learned")
+        left = self.ledger.in_flight.intersection(sample_ids)
+        if left:
+            self.ledger.drop(left, "not_selected" if learned else "nothing_learned")
         self.ledger.check()
         self.tracker.event("settled", step=step, samples=self.ledger.news())
         metrics |= {"rollout/admitted": float(self.ledger.admitted), "rollout/trained": float(self.ledger.trained)}
@@ -263,6 +250,12 @@ class RLStage:
             "policy/kl_per_sample": float((logp_T - start_T).sum()) / len(batch),
         }
         return metrics | ({"policy/kl_coef": self.kl.value} if self.config.algorithm.kl_coef > 0 else {})
+
+    def _record_lengths(self, batch: Batch, step: int) -> None:
+        """Write down what a step takes."""
+        response_lens = batch.response_lens
+        lengths = {"lengths": response_lens.tolist(), "prompt_lengths": (batch.seq_lens - response_lens).tolist()}
+        self.tracker.event("consumed", step=step, **lengths)
 
     def _record(self, step: int, groups: Sequence[Group]) -> None:
         """Write some of a step's samples."""

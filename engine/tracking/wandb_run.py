@@ -72,14 +72,12 @@ class WandbRun:
                 resume="allow" if resume_id else None,
                 name=redact(config.name),
                 project=tracking["project"],
-                entity=tracking["entity"],
-                tags=tracking["tags"],
                 config=redact(config.model_dump(mode="json")),
                 settings=settings,
             )
         except wandb.Error as error:
             raise UserError(
-                f"tracking: wandb cannot start: {redact(str(error))}; check tracking.project and tracking.entity, "
+                f"tracking: wandb cannot start: {redact(str(error))}; check tracking.project and WANDB_ENTITY, "
                 "or use tracking.wandb=offline"
             ) from None
 

@@ -20,7 +20,9 @@ from transformers import (
 
 from actors.adapters import AdaptedModel, add_adapter, quantization_config
 from actors.bottleneck import load_bottlenecks
-from actors.packed_model import RAGGED_SDPA, PackedLogProbs, PackedModel, PackedRow, packed_hidden_states
+from actors.packed_model import PackedLogProbs, PackedModel, packed_hidden_states
+from actors.packed_row import PackedRow
+from actors.ragged_attention import RAGGED_SDPA
 from engine.config import AdapterConfig, UserError
 from tests.cluster.conftest import random_batch
 

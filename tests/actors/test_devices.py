@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actors import process
-from actors.packed_model import RAGGED_SDPA, attention_for
 from actors.process import backend_for, free_port, offloads
+from actors.ragged_attention import RAGGED_VARLEN, RAGGED_SDPA, attention_for
 from actors.rollout import engine_arguments, engine_environment
 from actors.trainer import deepspeed_config
 from engine.cluster import layout_of, roles_of, trainer_environment
@@ -30,7 +30,7 @@ def configure(**changes: Any) -> Config:
 @pytest.mark.parametrize(
     ("device", "installed", "attention"),
     [
-        ("cuda", True, "flash_attention_2"),
+        ("cuda", True, RAGGED_VARLEN),
         ("cuda", False, RAGGED_SDPA),
         ("cpu", True, RAGGED_SDPA),
         ("cpu", False, RAGGED_SDPA),

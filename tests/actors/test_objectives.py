@@ -18,7 +18,7 @@ from actors.objectives import (
     objective_of,
     own_result,
 )
-from actors.packed_model import PackedRow
+from actors.packed_row import PackedRow
 from actors.trained import Minibatch, Stats
 from engine.config import AlgorithmConfig, Config, UserError
 from engine.data.batch import Batch

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from actors.packed_model import PackedLogProbs, PackedModel, PackedRow, load_language_model, ragged_sdpa
+from actors.packed_model import PackedLogProbs, PackedModel, load_language_model
+from actors.packed_row import PackedRow
+from actors.ragged_attention import ragged_sdpa
 from engine.config import Config, UserError
 from tests.cluster.conftest import random_batch
 
@@ -75,7 +77,7 @@ def test_attention_that_the_kernel_does_not_compute_is_refused():
     q = torch.zeros(1, 2, 3, 8)
     ends = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(UserError, match="needs flash attention"):
-        ragged_sdpa(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=ends, s_aux=torch.zeros(2))
+        ragged_sdpa(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=ends, cu_seq_lens_k=ends, s_aux=torch.zeros(2))
 
 
 def test_a_model_that_changes_its_logits_after_the_projection_is_refused(tmp_path, tiny_model):

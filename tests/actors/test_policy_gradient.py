@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.objectives import Outputs, PolicyGradient
-from actors.packed_model import PackedRow
+from actors.packed_row import PackedRow
 from actors.trained import Minibatch, Stats
 from engine.algorithms import policy_losses
 from engine.algorithms.aggregate import aggregate

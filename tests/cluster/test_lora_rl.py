@@ -14,6 +14,7 @@ from engine import pipeline
 from engine.cluster import started_workers
 from engine.config import Config
 from engine.roles import GenerationRequest, SamplingSettings
+from engine.stages.experience import generate as answers
 from engine.stages.experience import sample_seeds
 from tests.cluster.conftest import random_batch
 from tests.cluster.test_rollout import PROMPTS, generate, mismatch
@@ -72,9 +73,9 @@ def test_a_killed_engine_is_replaced_and_gets_its_adapter_back(config):
         workers.policy.update([random_batch(13)])
         rollouts.publish(1)
         requests = [GenerationRequest(i, p, sample_seeds(0, i, count=4)) for i, p in enumerate(PROMPTS)]
-        expected = dict(rollouts.generate(requests, settings))
+        expected = dict(answers(rollouts, requests, settings))
         ray.kill(rollouts.workers.actors[0])
-        again = dict(rollouts.generate(requests, settings))
+        again = dict(answers(rollouts, requests, settings))
         assert rollouts.restarts == 1
         assert [[g.token_ids for g in again[i]] for i in again] == [[g.token_ids for g in expected[i]] for i in again]
         assert {v for g in again[0] for v in g.versions} == {1}

@@ -128,7 +128,7 @@ def test_roles_sit_as_the_placement_says_and_reward_models_score_as_transformers
         assert 4 - ray.available_resources().get("accel", 0.0) == pytest.approx(devices, abs=1e-2)
         workers.sampling.rollouts.publish(0)
         workers.sampling.rewards.submit(7, samples)
-        [(key, scores)] = list(workers.sampling.rewards.collect())
+        [(key, scores)] = workers.sampling.rewards.poll(60.0, engines_idle=True)
         batch = random_batch(5)
         values = workers.critic.values(batch)
         again = workers.policy.logprobs(batch)

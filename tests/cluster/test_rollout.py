@@ -16,6 +16,7 @@ from engine.config import Config
 from engine.data.batch import Batch
 from engine.roles import Generation, GenerationRequest, SamplingSettings, Workers
 from engine.schedule.incidents import Incident
+from engine.stages.experience import generate as generate_all
 from tests.cluster.conftest import random_batch
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -57,20 +58,23 @@ def workers(tiny_model, tmp_path_factory, ray_session):
 
 def answers(workers: Workers, seeds=(1, 2, 3)) -> dict[int, list[Generation]]:
     requests = [GenerationRequest(key, prompt, seeds) for key, prompt in enumerate(PROMPTS)]
-    return dict(workers.sampling.rollouts.generate(requests, SETTINGS))
+    return dict(generate_all(workers.sampling.rollouts, requests, SETTINGS))
 
 
 def generate(workers: Workers, seeds=(1, 2, 3)) -> Batch:
     by_key = answers(workers, seeds)
     assert sorted(by_key) == list(range(len(PROMPTS)))
-    samples = [(prompt, g) for key, prompt in enumerate(PROMPTS) for g in by_key[key]]
+    return as_batch([(prompt, g) for key, prompt in enumerate(PROMPTS) for g in by_key[key]])
+
+
+def as_batch(samples: list[tuple[tuple[int, ...], Generation]]) -> Batch:
     return Batch(
         tokens=np.concatenate([[*p, *g.token_ids] for p, g in samples]).astype(np.int32),
         seq_lens=np.array([len(p) + len(g.token_ids) for p, g in samples], np.int32),
         loss_mask=np.concatenate([np.repeat([False, True], [len(p), len(g.token_ids)]) for p, g in samples]),
         rollout_logp=np.concatenate([[0.0] * len(p) + list(g.logprobs) for p, g in samples]).astype(np.float32),
         version=np.concatenate([[-1] * len(p) + list(g.versions) for p, g in samples]).astype(np.int32),
-        group_ids=np.repeat(np.arange(len(PROMPTS)), len(seeds)),
+        group_ids=np.arange(len(samples)),
         sample_ids=np.arange(len(samples)),
         totals=np.zeros(len(samples), np.float32),
     )
@@ -92,7 +96,7 @@ def test_the_same_seeds_give_the_same_responses_on_either_engine(workers):
 def test_more_prompt_tokens_than_one_engine_step_takes(workers):
     long = tuple(range(40, 90))
     requests = [GenerationRequest(key, (5 + key, *long), (key,)) for key in range(220)]
-    answers = dict(workers.sampling.rollouts.generate(requests, SETTINGS))
+    answers = dict(generate_all(workers.sampling.rollouts, requests, SETTINGS))
     assert sorted(answers) == list(range(220))
 
 
@@ -132,12 +136,49 @@ def test_an_engine_refuses_versions_that_do_not_go_up_and_bytes_that_differ(work
     assert mismatch(workers, generate(workers)) < 1e-4, "the refused weights changed nothing"
 
 
-def test_a_late_sample_is_aborted_and_leaves_the_engine_usable(workers):
-    actor = workers.sampling.rollouts.workers
-    late = [GenerationRequest(0, (7, 8), (1, 2))]
-    actor.call("admit", late, SETTINGS, version=workers.sampling.rollouts.version, timeout_s=60)
-    with pytest.raises(ActorError, match="samples not finished after 0 s"):
-        actor.call("collect", 0, within_s=0.001, timeout_s=60)
+def prompt_of(key: int) -> tuple[int, ...]:
+    return (5 + key % 40, 7)
+
+
+def busy(workers: Workers, samples: int = 64) -> None:
+    """Give the engines something to do for a while."""
+    requests = [GenerationRequest(key, prompt_of(key), (key,)) for key in range(samples)]
+    workers.sampling.rollouts.ask(requests, replace(SETTINGS, max_new_tokens=60))
+    workers.sampling.rollouts.poll(0.0)
+
+
+def rest_of(rollouts: RolloutGroup) -> dict[int, Generation]:
+    """What is under way."""
+    answers: dict[int, Generation] = {}
+    while rollouts.under_way:
+        answers |= {key: generation for key, [generation] in rollouts.poll(1.0)}
+    return answers
+
+
+def test_weights_change_in_flight_and_each_token_knows_which_made_it(workers):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    version = rollouts.version
+    workers.policy.update([random_batch(17)])
+    busy(workers)
+    time.sleep(0.1)
+    assert rollouts.under_way
+    rollouts.publish(version + 1)
+    answers = list(rest_of(rollouts).values())
+    assert len(answers) == 64
+    assert all(len(g.versions) == len(g.token_ids) == len(g.logprobs) for g in answers)
+    assert all(list(g.versions) == sorted(g.versions) for g in answers)
+    assert {v for g in answers for v in g.versions} == {version, version + 1}
+    assert any(len(set(g.versions)) == 2 for g in answers), "some responses go on under the new weights"
+    assert mismatch(workers, generate(workers)) < 1e-4, "and later ones know nothing of the old"
+
+
+def test_what_is_under_way_is_forgotten_and_engines_want_weights_again(workers):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    version = rollouts.version
+    busy(workers)
+    rollouts.reset()
+    assert not rollouts.under_way
+    rollouts.publish(version)
     assert mismatch(workers, generate(workers)) < 1e-4
 
 
@@ -167,7 +208,7 @@ def test_an_engine_that_dies_leaves_its_prompts_to_the_other_and_comes_back(work
     monkeypatch.setattr(rollouts.workers, "report", incidents.append)
     expected = {g.token_ids for group in answers(workers).values() for g in group}
     requests = [GenerationRequest(k, p, (1, 2), sample_ids=(2 * k, 2 * k + 1)) for k, p in enumerate(PROMPTS)]
-    going = rollouts.generate(requests, SETTINGS)
+    going = generate_all(rollouts, requests, SETTINGS)
     first = next(going)
     ray.kill(rollouts.workers.actors[0])
     rest = dict([first, *going])
@@ -184,9 +225,35 @@ def test_an_engine_that_dies_leaves_its_prompts_to_the_other_and_comes_back(work
     assert mismatch(workers, generate(workers)) < 1e-4
 
 
-def test_an_untied_output_embedding_arrives_too(untied_model, tmp_path):
-    with started_workers(configure(untied_model, tmp_path, engines=1), updates=9) as workers:
+def test_an_engine_that_keeps_a_prompt_for_too_long_is_replaced(workers, monkeypatch):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    incidents: list[Incident] = []
+    monkeypatch.setattr(rollouts.workers, "report", incidents.append)
+    patient = rollouts.config
+    timeouts = patient.timeouts.model_copy(update={"generate": 0.01})
+    busy(workers)
+    rollouts.config = patient.model_copy(update={"timeouts": timeouts})
+    time.sleep(0.05)
+    first = rollouts.poll(0.0)
+    rollouts.config = patient
+    assert [incident.kind for incident in incidents] == ["actor_late"]
+    assert "no answer from generate() after" in incidents[0].message
+    assert len(first) + len(rest_of(rollouts)) == 64, "the others took its prompts over"
+
+
+def test_an_untied_output_embedding_arrives_too_and_responses_under_way_are_recomputed(untied_model, tmp_path):
+    config = configure(untied_model, tmp_path, engines=1)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"on_new_weights": "recompute"})})
+    with started_workers(config, updates=9) as workers:
         workers.sampling.rollouts.publish(0)
         workers.policy.update([random_batch(13)])
+        busy(workers)
+        time.sleep(0.1)
         workers.sampling.rollouts.publish(1)
+        answers = rest_of(workers.sampling.rollouts)
+        assert {v for g in answers.values() for v in g.versions} == {0, 1}
+        batch = as_batch([(prompt_of(key), g) for key, g in answers.items()])
+        new = batch.version == 1
+        assert np.abs(workers.policy.logprobs(batch) - batch.rollout_logp)[new].max() < 1e-4
+        assert mismatch(workers, batch) > 1e-2, "what was said before is of the old weights"
         assert mismatch(workers, generate(workers)) < 1e-4

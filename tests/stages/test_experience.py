@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,12 @@ import pytest
 from engine.config import AlgorithmConfig
 from engine.data.prompts import Prompt
 from engine.rewards.composition import Component, Composition
-from engine.rewards.contract import Sample, Scores
-from engine.roles import Generation, Sampling, SamplingSettings
+from engine.rewards.contract import Scores
+from engine.roles import Generation, SamplingSettings
 from engine.stages.advantage import with_advantages
-from engine.stages.experience import Group, RewardScheme, collect_groups, to_batch
+from engine.stages.experience import Experience, Group, RewardScheme, to_batch
 from engine.stages.measures import measures
+from tests.stages.doubles import Engines, Rewards, sampling
 
 PROMPT = Prompt((1, 2), "p", {"answer": 4})
 
@@ -41,24 +41,6 @@ def episode(reward: tuple[float, ...] = (0.0, 1.0), **changes: Any) -> Generatio
     return Generation(**fields | changes)
 
 
-class Doubles:
-    """Engines that say what they are told, and a reward function's answers."""
-
-    def __init__(self, generations: list[Generation], scores: Scores) -> None:
-        self.generations, self.scores = generations, scores
-        self.samples: list[Sample] = []
-
-    def generate(self, requests: Any, settings: SamplingSettings) -> Iterator[tuple[int, list[Generation]]]:
-        assert [request.row for request in requests] == [{"answer": 4}]
-        yield requests[0].key, self.generations
-
-    def submit(self, key: int, samples: list[Sample]) -> None:
-        self.samples = samples
-
-    def collect(self) -> Iterator[tuple[int, Scores]]:
-        yield 0, self.scores
-
-
 class Events:
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -78,13 +60,14 @@ class FourTokens:
 
 
 def collect(generations: list[Generation], scores: Scores, components: list[Component], cutter: Any = None) -> Any:
-    doubles: Any = Doubles(generations, scores)
     events: Any = Events()
     scheme = RewardScheme(Composition(components), cutter)
     ids, seeds = [list(range(len(generations)))], [tuple(range(len(generations)))]
-    settings = SamplingSettings(1.0, 8)
-    groups = collect_groups(Sampling(doubles, doubles), events, scheme, [PROMPT], ids, seeds, settings)
-    return groups, doubles.samples, events.seen
+    engines, rewards = Engines(lambda request, version: generations), Rewards(lambda samples: scores)
+    experience = Experience(sampling(engines, rewards), events, scheme)
+    groups = experience.collect([PROMPT], ids, seeds, SamplingSettings(1.0, 8))
+    assert [request.row for request in engines.requests] == [{"answer": 4}]
+    return groups, rewards.samples, events.seen
 
 
 def test_what_the_environment_says_is_seen_and_never_trained():

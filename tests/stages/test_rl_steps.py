@@ -17,13 +17,14 @@ from engine.data.prompts import Prompt
 from engine.plan import Plan
 from engine.presets import PRESETS
 from engine.rewards.composition import Component, Composition
-from engine.rewards.contract import Scores
-from engine.roles import Generation, Sampling, Workers
+from engine.rewards.contract import Sample, Scores
+from engine.roles import Generation, GenerationRequest, Workers
 from engine.stages.advantage import shaped_scores, with_advantages
 from engine.stages.guard import NumericsError, NumericsGuard
 from engine.stages.rl import RLStage, kl_controller
 from engine.tracking.report import over_optimised, reward_parts
 from engine.tracking.tracker import Tracker
+from tests.stages.doubles import Engines, Rewards, sampling
 
 
 def batch_of(totals: list[float], groups: list[int], masks: list[list[bool]] | None = None, **tokens: Any) -> Batch:
@@ -245,52 +246,44 @@ def test_the_report_tells_over_optimisation_from_learning(tmp_path, pushed):
         reward_parts(tmp_path / "elsewhere")
 
 
-class Doubles:
-    """Engines, rewards and a policy as the stage sees them: answers of one token, rewards by the prompt's row."""
+class Learner:
+    """A policy as the stage sees it."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-        self.keys: dict[int, Any] = {}
-
-    def generate(self, requests: Any, settings: Any) -> Any:
-        for request in requests:
-            yield request.key, [Generation((9,), (-1.0,), (0,), "x", "stop") for _ in request.seeds]
-
-    def submit(self, key: int, samples: Any) -> None:
-        self.keys[key] = samples
-
-    def collect(self) -> Any:
-        keys, self.keys = self.keys, {}
-        for key, samples in keys.items():
-            differs = samples[0].row.differs
-            totals = np.array([i if differs else 1 for i in range(len(samples))], np.float32)
-            yield key, Scores({"r": totals}, totals)
+        self.seen: list[Batch] = []
 
     def update(self, minibatches: Any) -> dict[str, float]:
         self.seen += minibatches
         return {"policy/updates": 1.0, "policy/skipped_updates": 0.0}
 
-    def publish(self, version: int) -> dict[str, float]:
-        return {}
+
+def one_token(request: GenerationRequest, version: int) -> list[Generation]:
+    return [Generation((9,), (-1.0,), (version,), "x", "stop") for _ in request.seeds]
 
 
-@pytest.mark.parametrize(("good", "accepted", "drawn"), [(4, 4, 4), (1, 1, 13)])
+def by_row(samples: list[Sample]) -> Scores:
+    totals = np.array([i if samples[0].row.differs else 1 for i in range(len(samples))], np.float32)
+    return Scores({"r": totals}, totals)
+
+
+@pytest.mark.parametrize(("good", "accepted", "drawn"), [(4, 4, 4), (1, 1, 16)])
 def test_dynamic_sampling_keeps_the_accepted_groups_when_rounds_run_out(tmp_path, good, accepted, drawn):
     raw = {"model": {"path": "m"}, "data": {"train": "t"}, "rewards": {"functions": ["a.py:f"]}, "name": "run"}
     raw |= {"rl": {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 2}, "output_dir": str(tmp_path)}
     config = Config.model_validate(raw | {"algorithm": {"name": "dapo", "dynamic_sampling_rounds": 3}})
-    doubles: Any = Doubles()
+    policy: Any = Learner()
     prompts = [Prompt((1, 2), "p", {"differs": i < good}) for i in range(good if good == 4 else 1000)]
-    workers = Workers(policy=doubles, sampling=Sampling(doubles, doubles))
+    workers = Workers(policy=policy, sampling=sampling(Engines(one_token), Rewards(by_row)))
     tracker = Tracker(config)
     stage = RLStage(config, workers, tracker, Plan(train_prompts=prompts, components=[Component("r")]))
     if good == 1:
         in_order = iter(range(1000))
-        stage.sampler.next = lambda count: [next(in_order) for _ in range(count)]
+        stage.supply.sampler.next = lambda count: [next(in_order) for _ in range(count)]
+    stage.begin(0)
     metrics = stage.step(1)
     tracker.close("succeeded")
     assert metrics["rollout/prompts"] == drawn
-    [batch] = doubles.seen
+    [batch] = policy.seen
     assert len(batch) == 2 * accepted
     assert stage.ledger.trained == 2 * accepted
     assert stage.ledger.dropped == ({} if good == 4 else {"group_without_signal": 2 * (drawn - accepted)})

@@ -220,7 +220,7 @@ from pathlib import Path
 from tests.tracking.test_tracker import config_for
 from engine.tracking.alarms import Alarm
 from engine.tracking.tracker import Tracker
-tracker = Tracker(config_for(Path(sys.argv[1]), tracking={"wandb": "offline", "tags": ["planted-tag"]}))
+tracker = Tracker(config_for(Path(sys.argv[1]), tracking={"wandb": "offline"}))
 assert tracker.wandb.id
 print("console-secret-value")
 tracker.log(1, {"reward/mean": 0.125, "planted/metric": 7.0, "bad": float("nan")})
@@ -235,7 +235,7 @@ def test_no_secret_from_arguments_environment_or_configuration_reaches_any_file_
     home.mkdir()
     environment = {**os.environ, "HOME": str(home), "PLAIN_NAME": "env-secret-value", "SOME_API_KEY": "env-key-value"}
     environment = {k: v for k, v in environment.items() if not k.startswith(("WANDB_", "XDG_", "TMPDIR"))}
-    environment["TMPDIR"] = str(home)
+    environment |= {"TMPDIR": str(home), "WANDB_TAGS": "planted-tag"}
     arguments = [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "runs"), "--api-key=argv-secret-value"]
     done = subprocess.run(
         arguments, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
