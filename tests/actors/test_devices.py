@@ -10,7 +10,7 @@ import pytest
 
 from actors import process
 from actors.process import backend_for, free_port, offloads
-from actors.ragged_attention import RAGGED_VARLEN, RAGGED_SDPA, attention_for
+from actors.ragged_attention import RAGGED_SDPA, RAGGED_VARLEN, attention_for
 from actors.rollout import engine_arguments, engine_environment
 from actors.trainer import deepspeed_config
 from engine.cluster import layout_of, roles_of, trainer_environment

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from actors.packed_model import PackedLogProbs, PackedModel, PackedScores
 from actors.packed_row import PackedRow
-from actors.ragged_attention import RAGGED_VARLEN, RAGGED_SDPA
+from actors.ragged_attention import RAGGED_SDPA, RAGGED_VARLEN
 from actors.split import Split
 from engine.data.batch import Batch
 
