@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.process import RankInfo, free_port
 from engine.config import UserError
-from engine.roles import Report, WorkerLostError
+from engine.roles import Record, Report, WorkerLostError, unrecorded
 from engine.schedule.placement import Seat
 
 Arguments = Sequence[tuple[Any, ...]]
@@ -265,6 +265,7 @@ class WorkerGroup:
         silence_s: float | None = None,
         replaceable: bool = False,
         report: Report = lambda incident: None,
+        record: Record = unrecorded,
     ) -> None:
         """Makes one actor per slot with its own constructor arguments; `start_all` starts them.
 
@@ -282,11 +283,13 @@ class WorkerGroup:
             replaceable: a rank has no state, so that `call` and `scatter` put a new one in a lost one's place and
                 ask it again.
             report: takes down each replacement.
+            record: takes down when each rank worked.
         """
         self.name = name
         self.turns = turns
         self.silence_s = silence_s
         self.report = report
+        self.record = record
         self._start_s = start_s
         self._replaceable = replaceable
         self._arguments = arguments
@@ -334,11 +337,13 @@ class WorkerGroup:
         ranks = range(len(arguments))
         pending = {self.submit(rank, method, *arguments[rank], **kwargs): (self, rank) for rank in ranks}
         results: dict[int, Any] = {}
+        start = time.time()
         while len(results) < len(arguments):
             missing = {ref: member for ref, member in pending.items() if member[1] not in results}
             try:
                 for ref, result in as_completed(missing, method, timeout_s):
                     results[pending[ref][1]] = result
+                    self.record_span(pending[ref][1], method, start, time.time())
             except WorkerLostError as error:
                 if not self._replaceable or error.group != self.name or method == "start":
                     raise
@@ -347,6 +352,10 @@ class WorkerGroup:
                 again = self.submit(error.rank, method, *arguments[error.rank], **kwargs)
                 pending[again] = (self, error.rank)
         return [results[rank] for rank in ranks]
+
+    def record_span(self, rank: int, phase: str, start: float, end: float) -> None:
+        """Take down what a rank did from when to when, in unix seconds."""
+        self.record("span", actor=self.rank_name(rank), phase=phase, start=start, seconds=end - start)
 
     def replace(self, error: WorkerLostError) -> None:
         """Put a new actor in the place of a lost one, and start it; what it is to hold is the caller's matter."""

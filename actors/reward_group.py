@@ -94,8 +94,10 @@ class RewardGroup:
         assert self.pool is not None, "only it has calls to wait for"
         try:
             for ref, scores in finished(dict.fromkeys(self._pending, (self.pool, 0)), "score", wait_s, self._pulse):
-                key, _ = self._pending.pop(ref)
+                key, since = self._pending.pop(ref)
                 self._done[key] = scores
+                now = time.time()
+                self.pool.record_span(0, "score", now - (time.monotonic() - since), now)
             oldest = min((since for _, since in self._pending.values()), default=time.monotonic())
             deadline_s = self.config.timeouts.generate
             if time.monotonic() - oldest > deadline_s:

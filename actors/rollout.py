@@ -34,6 +34,8 @@ from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
 
+LONG_SPAN_S = 5.0
+"""An engine that is always at work says so in pieces of about this length."""
 PREFILL_TOKENS = 4096
 """Tokens that an engine on the CPU takes in one step."""
 
@@ -151,6 +153,8 @@ class RolloutActor:
         self.engine: Any = None
         self._lora: Any = None
         self._error: BaseException | None = None
+        self._busy_since: float | None = None
+        self._busy: list[tuple[float, float]] = []
 
     def start(self) -> None:
         """Load the model and start the step thread."""
@@ -198,10 +202,11 @@ class RolloutActor:
         for group in groups:
             group.watch()
 
-    def collect(self, *, wait_s: float) -> list[tuple[int, list[Generation]]]:
+    def collect(self, *, wait_s: float) -> tuple[list[tuple[int, list[Generation]]], list[tuple[float, float]]]:
         """(key, one response per seed) of the prompts that are answered in full, each of them once.
 
-        Waits for the first one up to `wait_s` seconds; blocks its caller's thread only.
+        And from when to when the engine was at work since the last call, in unix seconds. Waits for the first answer up
+        to `wait_s` seconds; blocks its caller's thread only.
 
         Raises:
             BrokenError: the step thread has died, or an episode's turn was late.
@@ -212,7 +217,17 @@ class RolloutActor:
                 groups.append(self._whole.get_nowait())
         except queue.Empty:
             pass
-        return [(group.key, [future.result() for future in group.futures]) for group in groups]
+        answers = [(group.key, [future.result() for future in group.futures]) for group in groups]
+        with self._lock:
+            if self._busy_since is not None and time.time() - self._busy_since > LONG_SPAN_S:
+                self._end_span()
+            busy, self._busy = self._busy, []
+        return answers, busy
+
+    def _end_span(self) -> None:
+        assert self._busy_since is not None
+        self._busy.append((self._busy_since, time.time()))
+        self._busy_since = None
 
     def _responses(self, request: GenerationRequest, settings: SamplingSettings) -> list[Future[Generation]]:
         if self._player is None:
@@ -336,7 +351,10 @@ class RolloutActor:
 
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
+        self._busy_since = self._busy_since or time.time()
         outputs: list[Any] = self.engine.step()
+        if not self.engine.has_unfinished_requests():
+            self._end_span()
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:

@@ -23,7 +23,7 @@ from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
 from actors.weights import Ack, ChecksumError, Snapshot
 from engine.config import Config
-from engine.roles import Generation, GenerationRequest, Record, SamplingSettings, WorkerLostError
+from engine.roles import Generation, GenerationRequest, SamplingSettings, WorkerLostError
 from engine.schedule.fleet import Fleet
 from engine.schedule.incidents import Incident
 from engine.schedule.ledger import spans
@@ -49,14 +49,11 @@ class _Asked:
 class RolloutGroup:
     """Engines that come and go."""
 
-    def __init__(
-        self, config: Config, workers: WorkerGroup, policy: PolicyGroup, record: Record = lambda kind, **fields: None
-    ) -> None:
-        """The workers are started; `record` takes down what is decided."""
+    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
+        """The workers are started."""
         self.config = config
         self.workers = workers
         self.policy = policy
-        self.record = record
         self.fleet = Fleet(len(workers.actors))
         self.restarts = 0
         self._snapshot: Snapshot | None = None
@@ -122,8 +119,10 @@ class RolloutGroup:
             pending = {ref: (self.workers, rank) for ref, rank in self._collecting.items()}
             if not pending:
                 self._take_joined(wait_s)
-            for ref, groups in finished(pending, "collect", wait_s, self._pulse):
+            for ref, (groups, busy) in finished(pending, "collect", wait_s, self._pulse):
                 rank = self._collecting.pop(ref)
+                for start, end in busy:
+                    self.workers.record_span(rank, "generate", start, end)
                 for key, generations in groups:
                     del self._held[rank][key]
                     answers.append((key, generations))
@@ -191,7 +190,7 @@ class RolloutGroup:
             self._lose(error)
             return
         ids = spans(sample for asked in share for sample in asked.request.sample_ids)
-        self.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
+        self.workers.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
         if rank not in self._collecting.values():
             self._collect(rank)
 
@@ -268,6 +267,7 @@ class RolloutGroup:
         while stale := self.fleet.stale():
             lacking = [rank for rank in stale if rank not in calls.values()]
             calls |= {self.workers.submit(rank, "load_weights", snapshot, timeout_s): rank for rank in lacking}
+            start = time.time()
             try:
                 pending = {ref: (self.workers, rank) for ref, rank in calls.items()}
                 for ref, ack in as_completed(pending, "load_weights", timeout_s):
@@ -276,7 +276,8 @@ class RolloutGroup:
                         name = self.workers.rank_name(rank)
                         raise ActorError(f"{name}: acknowledged {ack}, not version {snapshot.version}")
                     self.fleet.acknowledged(rank, snapshot.version)
-                    self.record("serves", engine=rank, version=snapshot.version, checksum=snapshot.checksum)
+                    self.workers.record_span(rank, "load_weights", start, time.time())
+                    self.workers.record("serves", engine=rank, version=snapshot.version, checksum=snapshot.checksum)
             except WorkerLostError as error:
                 if error.group != self.workers.name:
                     raise

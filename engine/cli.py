@@ -76,6 +76,24 @@ def replay(
 
 
 @app.command()
+def timeline(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, whether it runs or not.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="By default FOLDER/timeline.json.")] = None,
+) -> None:
+    """Write who worked when as a trace for ui.perfetto.dev or chrome://tracing, and show each actor's share."""
+    from engine.tracking.timeline import busy, read_spans, write_trace
+
+    spans = read_spans(folder)
+    file = output or folder / "timeline.json"
+    write_trace(spans, file)
+    actors, idle = busy(spans)
+    for held in actors:
+        print(f"{held.actor:24} {held.seconds:10.1f} s {100 * held.share:6.1f} % of the steps' time")
+    print(f"{'nobody':24} {'':12} {100 * idle:6.1f} %: the controller's own")
+    print(f"trace: {file}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an `rl` run.")]) -> None:
     """Show how a run's rewards moved with the KL, which of them were over-optimised, and the alarms it had."""
     from rich.console import Console

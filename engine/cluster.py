@@ -31,7 +31,7 @@ from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
 from engine.config import Config, DeviceRole, ModelRewardConfig, RewardsConfig, ServerConfig, UserError
-from engine.roles import Record, Report, Sampling, Workers
+from engine.roles import Record, Report, Sampling, Workers, unrecorded
 from engine.schedule.placement import Layout, Role, lay_out, shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
@@ -169,12 +169,12 @@ def started_workers(
     updates: int,
     annotators: int = 0,
     report: Report = lambda incident: None,
-    record: Record = lambda kind, **fields: None,
+    record: Record = unrecorded,
 ) -> Iterator[Workers]:
     """Place and start every role of a stage, hand them over ready to use, and end them afterwards.
 
     `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads;
-    `report` takes down who was lost and replaced, `record` what the engines' scheduler decided.
+    `report` takes down who was lost and replaced, `record` what the engines' scheduler decided and when who worked.
 
     Raises:
         UserError: the cluster cannot hold the roles, or a user function does not load.
@@ -182,7 +182,7 @@ def started_workers(
     """
     config = _with_absolute_paths(config)
     with contextlib.ExitStack() as stack:
-        crew = _Crew(config, stack.enter_context(_placed(config)), stack, report)
+        crew = _Crew(config, stack.enter_context(_placed(config)), stack, report, record)
         if "rewards" in crew.slots:
             env = {"OMP_NUM_THREADS": "1"} | _started_servers(crew, stack)
             crew.make("rewards", RewardPool, [(config.rewards,)], env, concurrency=WAITING, replaceable=True)
@@ -212,7 +212,7 @@ def started_workers(
             crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
         started = ("rewards", "environments", *map(_server, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
-        yield crew.workers(record)
+        yield crew.workers()
 
 
 def reward_pool(rewards: RewardsConfig) -> RewardPool:
@@ -223,12 +223,20 @@ def reward_pool(rewards: RewardsConfig) -> RewardPool:
 class _Crew:
     """The worker groups of a stage, made one by one."""
 
-    def __init__(self, config: Config, slots: dict[str, Slots], stack: contextlib.ExitStack, report: Report) -> None:
+    def __init__(
+        self,
+        config: Config,
+        slots: dict[str, Slots],
+        stack: contextlib.ExitStack,
+        report: Report,
+        record: Record,
+    ) -> None:
         self.config = config
         self.slots = slots
         self.groups: dict[str, WorkerGroup] = {}
         self._stack = stack
         self._report = report
+        self._record = record
         self._turns: dict[str, Turns] = {}
         if config.placement.mode == "turns":
             for roles in layout_of(config).sharing:
@@ -259,6 +267,7 @@ class _Crew:
             silence_s=self.config.timeouts.silence,
             replaceable=replaceable,
             report=self._report,
+            record=self._record,
         )
         self._stack.callback(group.kill)
         self.groups[name] = group
@@ -271,7 +280,7 @@ class _Crew:
 
         self.make(name, actor_class, own, trainer_environment(config.device, config.policy.threads))
 
-    def workers(self, record: Record) -> Workers:
+    def workers(self) -> Workers:
         """The groups, once they are started, as the stages see them."""
         config, groups = self.config, self.groups
         if "reward_model" in groups:
@@ -285,7 +294,7 @@ class _Crew:
                 for source in config.rewards.models
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
-            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy, record), rewards)
+            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy), rewards)
 
         def rebuild(name: str, all_trained: bool) -> None:
             trained = {"policy", "critic"} & groups.keys() if all_trained else set[str]()

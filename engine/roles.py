@@ -24,6 +24,10 @@ class Record(Protocol):
         """As an event of this kind."""
 
 
+def unrecorded(kind: str, **fields: Any) -> None:
+    """A `Record` that keeps nothing."""
+
+
 class WorkerLostError(RuntimeError):
     """A worker's process is gone, gives no sign of life, or missed a deadline: what it held is lost."""
 

@@ -27,6 +27,7 @@ from engine.stop_signals import StopSignals
 from engine.tracking.console import Progress
 from engine.tracking.incidents import IncidentLog
 from engine.tracking.jsonl import replace_file
+from engine.tracking.timeline import CONTROLLER
 from engine.tracking.tracker import Tracker
 
 BEST = "best"
@@ -173,6 +174,7 @@ class Loop:
                 start = time.monotonic()
                 metrics = stage.step(step)
                 metrics["time/step"] = time.monotonic() - start
+                record_span(self.tracker, "step", step, metrics["time/step"])
                 if "rollout/tokens" in metrics:
                     metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/step"]
                 progress.step(step, metrics)
@@ -263,6 +265,11 @@ def _falls_on(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def record_span(tracker: Tracker, phase: str, step: int, seconds: float) -> None:
+    """Take down what the controller did or waited for in the last `seconds`."""
+    tracker.event("span", actor=CONTROLLER, phase=phase, step=step, start=time.time() - seconds, seconds=seconds)
+
+
 class Stopwatch:
     """Seconds of the named parts of a step."""
 
@@ -276,7 +283,8 @@ class Stopwatch:
         self._tracker.event("phase", step=step, phase=name)
         start = time.monotonic()
         yield
-        self._seconds[name] = time.monotonic() - start
+        seconds = self._seconds[name] = time.monotonic() - start
+        record_span(self._tracker, name, step, seconds)
 
     def lap(self) -> dict[str, float]:
         """`time/<name>` of the parts since the last lap."""
