@@ -141,6 +141,12 @@ class PolicyGroup(TrainedGroup):
         timeout_s = self.config.timeouts.update
         return split.merge(self.workers.scatter("divergences", split.shares(), timeout_s=timeout_s))
 
+    def needed(self, batch: Batch) -> Batch:
+        """Without samples whose advantages are all 0, where nothing but the advantages enters the loss."""
+        if self.config.stage != "rl" or not self.config.algorithm.only_advantages:
+            return batch
+        return batch.select(np.flatnonzero(batch.sum_per_sample(batch.annotations["advantages"] != 0)))
+
     def publish(self, version: int) -> Snapshot:
         """A snapshot of the current weights, in the object store."""
         return self.workers.call("publish", version, timeout_s=self.config.timeouts.publish)[0]

@@ -202,10 +202,14 @@ class TrainedGroup:
                 len(np.unique(batch.group_ids)),
                 int(trained_lens[0::2].sum()),
             )
-            for share, minibatch in zip(self._split(batch).shares(), per_rank, strict=True):
+            for share, minibatch in zip(self._split(self.needed(batch)).shares(), per_rank, strict=True):
                 minibatch.append(Minibatch(share, *totals))
         self.changes += 1
         return self.workers.scatter("update", per_rank, timeout_s=self.config.timeouts.update)[0]
+
+    def needed(self, batch: Batch) -> Batch:
+        """The samples that the loss depends on; the others count in its denominators and are not computed."""
+        return batch
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the model in Hugging Face format, whole or not at all."""

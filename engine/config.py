@@ -325,6 +325,12 @@ class AlgorithmConfig(Section):
         return self.advantage == "gae"
 
     @property
+    def only_advantages(self) -> bool:
+        """Whether a sample without an advantage has no part in the loss."""
+        kl_in_loss = self.kl_coef > 0 and self.kl_in == "loss"
+        return self.loss in ("ppo_clip", "gspo", "cispo", "reinforce") and not kl_in_loss and self.entropy_coef == 0
+
+    @property
     def trains_pairs(self) -> bool:
         """Whether updates are made of pairs, a better and a worse answer to one prompt."""
         return self.advantage == "best_vs_worst"

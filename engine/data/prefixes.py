@@ -21,6 +21,8 @@ def shared_prefixes(batch: Batch) -> list[int]:
     masks = [batch.loss_mask[s : s + n] for s, n in zip(starts, batch.seq_lens, strict=True)]
     changes = np.flatnonzero(np.diff(batch.group_ids)) + 1
     shared: list[int] = []
+    if not len(batch):
+        return shared
     for run in np.split(np.arange(len(batch)), changes):
         limit = min(int(masks[i].argmax()) if masks[i].any() else len(masks[i]) for i in run)
         first = samples[run[0]][:limit]

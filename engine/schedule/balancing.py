@@ -39,7 +39,7 @@ def plan_microbatches(
         shares[rank].append(sample)
         cost[rank] += costs[sample]
     plan = [_pack(share, seq_lens, token_budget) for share in shares]
-    most = max(map(len, plan))
+    most = max(1, *map(len, plan))
     return [bins + [[] for _ in range(most - len(bins))] for bins in plan]
 
 

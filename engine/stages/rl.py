@@ -172,7 +172,7 @@ class RLStage:
         batch = with_advantages(
             batch, config.algorithm, kl_coef=self.kl.value, max_new_tokens=config.rollout.max_new_tokens
         )
-        if not len(batch):
+        if not self._teaches(batch):
             self.tracker.event("step_without_signal", step=step)
             return {}
         batch = batch.label(kl_coef=np.full(len(batch), self.kl.value, np.float32))
@@ -193,6 +193,10 @@ class RLStage:
             self.ledger.train(batch.sample_ids)
         return metrics
 
+    def _teaches(self, batch: Batch) -> bool:
+        """Whether an update on these samples would be one."""
+        return bool(batch.annotations["advantages"].any()) if self.config.algorithm.only_advantages else len(batch) > 0
+
     def _learned(self, metrics: dict[str, float]) -> bool:
         """Whether any model took an update."""
         return any(metrics.get(f"{name}/updates", 0) > 0 for name in self.models)
@@ -206,8 +210,9 @@ class RLStage:
         for _ in range(self.config.rl.epochs_per_step):
             order = random.permutation(np.unique(batch.group_ids))
             for part in np.array_split(order, self.config.rl.minibatches_per_step):
-                if len(part):
-                    yield batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
+                minibatch = batch.select(np.flatnonzero(np.isin(batch.group_ids, part)))
+                if self._teaches(minibatch):
+                    yield minibatch
 
     def _settle(self, metrics: dict[str, float], step: int, sample_ids: Sequence[int]) -> None:
         """Every sample of the step is trained, or dropped for a reason, when it ends; the KL's weight follows it."""
