@@ -14,7 +14,7 @@ from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, l
 from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
-from actors.weights import Snapshot, publish
+from actors.weights import Publisher, Snapshot
 from engine.algorithms.logprobs import greedy_hits, token_logprobs
 from engine.config import Config
 from engine.data.batch import Batch
@@ -32,6 +32,7 @@ class PolicyActor(TrainedActor):
     def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
         super().__init__(config, info, updates)
         self.prefix = "policy" if config.stage == "rl" else "train"
+        self.publisher = Publisher()
 
     def make(self) -> Trainable:
         """The language model and its packed log-probs, or its divergence from a teacher."""
@@ -98,8 +99,11 @@ class PolicyActor(TrainedActor):
             results.append((logp_R.float().cpu().numpy(), hits_R.float().cpu().numpy()))
         return results
 
-    def publish(self, version: int) -> Snapshot | None:
-        """Export the weights; rank 0 returns the snapshot, the other ranks take part and return None."""
+    def publish(self, version: int, spread: bool) -> Snapshot | None:
+        """Export the weights; rank 0 returns the snapshot, the other ranks take part and return None.
+
+        `spread` is for engines on other machines.
+        """
         trainer = self.trainer
         description = None
         if ships_adapter(self.config):
@@ -108,7 +112,7 @@ class PolicyActor(TrainedActor):
         else:
             weights = trainer.named_weights()
         if self.info.rank == 0:
-            return publish(weights, version, adapter=description)
+            return self.publisher.publish(weights, version, adapter=description, spread=spread)
         for _ in weights:
             pass
         return None
@@ -147,9 +151,9 @@ class PolicyGroup(TrainedGroup):
             return batch
         return batch.select(np.flatnonzero(batch.sum_per_sample(batch.annotations["advantages"] != 0)))
 
-    def publish(self, version: int) -> Snapshot:
-        """A snapshot of the current weights, in the object store."""
-        return self.workers.call("publish", version, timeout_s=self.config.timeouts.publish)[0]
+    def publish(self, version: int, *, spread: bool = False) -> Snapshot:
+        """A snapshot of the current weights, which holds until the next; `spread` is for engines on other machines."""
+        return self.workers.call("publish", version, spread, timeout_s=self.config.timeouts.publish)[0]
 
     def _logprobs(self, batch: Batch, **how: bool) -> np.ndarray:
         split = self._split(batch)

@@ -30,6 +30,7 @@ from actors.group import BrokenError
 from actors.lora_engine import engine_lora_arguments, load_adapter
 from actors.policy import ships_adapter
 from actors.process import offloads
+from actors.shared_memory import Readings
 from actors.weights import Ack, Snapshot, receive
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
@@ -153,6 +154,7 @@ class RolloutActor:
         self.engine: Any = None
         self._lora: Any = None
         self._error: BaseException | None = None
+        self._readings = Readings()
         self._busy_since: float | None = None
         self._busy: list[tuple[float, float]] = []
 
@@ -268,7 +270,7 @@ class RolloutActor:
         """
         if self.version is not None and snapshot.version <= self.version:
             raise RuntimeError(f"weights version {snapshot.version} is not newer than {self.version}")
-        buckets, ack = receive(snapshot, timeout_s=fetch_s)
+        buckets, ack = receive(snapshot, self._readings, timeout_s=fetch_s)
         with self._lock:
             self._load([tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
             if self.config.rollout.on_new_weights == "recompute":

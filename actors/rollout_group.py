@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from actors.group import ActorError, Pulse, RaisedError, WorkerGroup, as_completed, finished, gather, late
 from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
+from actors.shared_memory import UnreachableError
 from actors.weights import Ack, ChecksumError, Snapshot
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings, WorkerLostError
@@ -58,6 +59,8 @@ class RolloutGroup:
         self.restarts = 0
         self._snapshot: Snapshot | None = None
         """Of the version that is served, for engines that come back while the policy is at work."""
+        self._spread = False
+        """Whether an engine is on another machine than the policy."""
         self._waiting: list[_Asked] = []
         self._held: list[dict[int, _Asked]] = [{} for _ in workers.actors]
         self._collecting: dict[Any, int] = {}
@@ -84,7 +87,7 @@ class RolloutGroup:
         start = time.monotonic()
         self.fleet.expect(version)
         self._take_joined()
-        snapshot = self.policy.publish(version)
+        snapshot = self.policy.publish(version, spread=self._spread)
         packed = time.monotonic()
         snapshot = self._load(snapshot, republish=True)
         self._snapshot = snapshot if self.config.rl.max_staleness > 0 else None
@@ -249,7 +252,7 @@ class RolloutGroup:
             return
         assert self.version is not None
         if self.config.rl.max_staleness == 0:
-            self._load(self.policy.publish(self.version), republish=True)
+            self._load(self.policy.publish(self.version, spread=self._spread), republish=True)
         elif self._snapshot is not None:
             self._load(self._snapshot, republish=False)
 
@@ -284,13 +287,17 @@ class RolloutGroup:
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
                 self._lose(error)
             except RaisedError as error:
-                if not isinstance(error.__cause__, ChecksumError | RayError):  # a bit lost, or all of it with its node
+                # A bit lost, or all of it with its node, or an engine that is on another machine than the policy.
+                if not isinstance(error.__cause__, ChecksumError | RayError | UnreachableError):
                     raise
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
-                name = self.workers.rank_name(error.rank)
-                self.workers.report(Incident("weights_corrupted", name, "published again", str(error)))
+                if isinstance(error.__cause__, UnreachableError) and not self._spread:
+                    self._spread = True
+                else:
+                    name = self.workers.rank_name(error.rank)
+                    self.workers.report(Incident("weights_corrupted", name, "published again", str(error)))
                 if not republish:
                     self._snapshot = None
                     break
-                snapshot = self.policy.publish(snapshot.version)
+                snapshot = self.policy.publish(snapshot.version, spread=self._spread)
         return snapshot

@@ -92,7 +92,7 @@ from actors.packed_row import PackedRow
 from actors.policy import PolicyActor
 from actors.process import RankInfo
 from actors.split import Split
-from actors.weights import pack
+from actors.weights import Publisher
 from engine.algorithms.advantages import whiten
 from engine.algorithms.off_policy import importance_weights
 from engine.checkpoint import Checkpoints
@@ -400,8 +400,8 @@ def test_what_is_sent_for_a_call_is_token_ids_and_text_and_no_tokenizer():
 
 def test_weights_travel_in_buckets_and_not_one_by_one():
     weights = [(f"layer.{i}", torch.ones(16, 16)) for i in range(300)]
-    assert [len(bucket.entries) for bucket in pack(weights)] == [300]
-    assert len(list(pack(weights, bucket_bytes=100 * 1024))) == 3
+    assert [len(bucket.entries) for bucket in Publisher().pack(weights)] == [300]
+    assert len(list(Publisher(100 * 1024).pack(weights))) == 3
 
 
 def test_the_seed_drives_the_order_of_the_prompts():

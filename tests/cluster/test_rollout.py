@@ -187,8 +187,8 @@ def test_weights_that_lost_a_bit_are_told_and_published_again(workers, monkeypat
     incidents: list[Incident] = []
     publish, tampered = rollouts.policy.publish, []
 
-    def lose_a_bit(version: int):
-        snapshot = publish(version)
+    def lose_a_bit(version: int, **how: bool):
+        snapshot = publish(version, **how)
         if not tampered:
             tampered.append(version)
             return replace(snapshot, checksum="0" * 32)
@@ -199,6 +199,22 @@ def test_weights_that_lost_a_bit_are_told_and_published_again(workers, monkeypat
     rollouts.publish(rollouts.version + 1)
     assert {incident.kind for incident in incidents} == {"weights_corrupted"}
     assert rollouts.fleet.serving() == [0, 1]
+    assert mismatch(workers, generate(workers)) < 1e-4
+
+
+def test_engines_of_another_machine_get_the_weights_through_the_object_store(workers, monkeypatch):
+    rollouts: RolloutGroup = workers.sampling.rollouts
+    incidents: list[Incident] = []
+    publish = rollouts.policy.publish
+
+    def far_away(version: int, **how: bool):
+        snapshot = publish(version, **how)
+        return replace(snapshot, addresses=tuple(replace(a, path="/proc/0/fd/0") for a in snapshot.addresses))
+
+    monkeypatch.setattr(rollouts.policy, "publish", far_away)
+    monkeypatch.setattr(rollouts.workers, "report", incidents.append)
+    rollouts.publish(rollouts.version + 1)
+    assert incidents == []
     assert mismatch(workers, generate(workers)) < 1e-4
 
 
