@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,28 +66,73 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     Raises:
         UserError: with what is wrong, where, and how to mend it.
     """
-    components = components_of(config)
+    return _checked(config, unmade=unmade, unread=(), rows=True, attempt=_at_once)
+
+
+def inspect(
+    config: Config, problems: list[str], *, unmade: Collection[str], unread: Collection[str], rows: bool
+) -> Plan:
+    """The same as far as it goes: what is wrong is added to `problems`, and what hangs on it is left out.
+
+    `unread` are the keys of models without a tokenizer; `rows` is whether data rows are read.
+    """
+
+    def attempt(check: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        try:
+            return check(*args, **named)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    return _checked(config, unmade=unmade, unread=unread, rows=rows, attempt=attempt)
+
+
+def _at_once(check: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """A check whose error ends the preflight."""
+    return check(*args, **named)
+
+
+def _checked(
+    config: Config, *, unmade: Collection[str], unread: Collection[str], rows: bool, attempt: Callable[..., Any]
+) -> Plan:
+    """Every check by way of `attempt`, which returns None where one failed and the others are to go on."""
+    components = attempt(components_of, config) or ()
     if config.stage == "rl":
         for key, place in (("advantage", config.algorithm.advantage), ("loss", config.algorithm.loss)):
             if ":" in place:
-                load_object(place, what=f"algorithm.{key}")
-    if config.model.new is not None:
-        make_start(config)
-    else:
-        check_model(config, weights="model.path" not in unmade)
-    tokenizer = load_tokenizer(config)
-    if config.environment is not None:
-        TurnTokens(tokenizer, config.data)  # raises where answers cannot be followed by replies
-    if config.stage == "distill":
-        _check_teacher(config, tokenizer)
+                attempt(load_object, place, what=f"algorithm.{key}")
+    if config.model.new is None:
+        attempt(check_model, config, weights="model.path" not in unmade)
+    elif rows:
+        attempt(make_start, config)
+    tokenizer = None if "model.path" in unread else attempt(load_tokenizer, config)
+    if tokenizer is None:
+        for source in filter(None, (config.data.train, config.data.evaluation) if rows else ()):
+            attempt(load_rows, source, columns=config.data.columns, on_bad_row=config.data.on_bad_row, required=())
+        return Plan(components=components)
+    if config.environment is not None:  # raises where answers cannot be followed by replies
+        attempt(TurnTokens, tokenizer, config.data)
     for key, path in config.model_paths.items():
-        if key == "critic.path" or key.startswith("rewards.models"):
-            _check_reward_model(config, key, path, tokenizer, made=key not in unmade)
-        if key.startswith("rewards.servers") and not load_tokenizer(config, path=path, key=key).chat_template:
-            raise UserError(f"{key}: {path} has no chat template, which a judge is asked with; take a chat model")
-    plan = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)(config, tokenizer)
-    cutter = StepCutter(tokenizer, config.rewards.steps) if config.rewards.steps else None
-    return replace(plan, cutter=cutter, components=components)
+        if key not in unread:
+            attempt(_check_other_model, config, key, path, tokenizer, made=key not in unmade)
+    build = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)
+    plan = attempt(build, config, tokenizer) if rows else None
+    cutter = attempt(StepCutter, tokenizer, config.rewards.steps) if config.rewards.steps else None
+    return replace(plan or Plan(), cutter=cutter, components=components)
+
+
+def _check_other_model(config: Config, key: str, path: str, tokenizer: Any, *, made: bool) -> None:
+    """A model beside the one that is trained can work with it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if key == "distill.teacher":
+        _check_teacher(config, tokenizer)
+    if key == "critic.path" or key.startswith("rewards.models"):
+        _check_reward_model(config, key, path, tokenizer, made=made)
+    if key.startswith("rewards.servers") and not load_tokenizer(config, path=path, key=key).chat_template:
+        raise UserError(f"{key}: {path} has no chat template, which a judge is asked with; take a chat model")
 
 
 def _prompts_plan(config: Config, tokenizer: Any) -> Plan:
