@@ -7,6 +7,7 @@ no list of its layers' intermediate results is needed. Attention is stood for by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,16 +44,24 @@ AttentionInterface.register(_ATTENTION, _watched_attention)
 AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
 
 
-def saved_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> int:
+def saved_bytes_per_token(
+    config: PreTrainedConfig | Mapping[str, Any], dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> int:
     """Bytes that one token's forward pass through the decoder keeps for the backward pass, without checkpointing.
+
+    The products of a mixture's experts have shapes for bfloat16 only, so in float32 twice that is told; it is a little
+    too much, since some results are float32 anyway.
 
     Raises:
         UserError: transformers has no such causal language model.
         RuntimeError: its forward pass depends on values, which fake tensors do not have.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):  # some models make a constant on the side
-        model = empty_model(config, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=trust_remote_code)
-        model.train()
+        arguments = {"attn_implementation": _ATTENTION, "trust_remote_code": trust_remote_code}
+        model = empty_model(config, dtype=dtype, **arguments).train()
+        if dtype != torch.bfloat16 and any(".experts." in name for name, _ in model.named_parameters()):
+            half = saved_bytes_per_token(config, torch.bfloat16, trust_remote_code=trust_remote_code)
+            return half * dtype.itemsize // 2
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}
 

@@ -91,12 +91,19 @@ def memory_problems(config: Config, models: Mapping[str, Model], memory: int, de
 
 def _load_problem(config: Config, models: Mapping[str, Model], memory: int, load: Load, device: str) -> str:
     found = remedies(config, models, memory, load)
-    what = f"memory: {' + '.join(load.tenants)} need {gib(load.bytes)}, {device} has {gib(load.capacity)}"
+    need = "needs" if len(load.tenants) == 1 else "need"
+    what = f"memory: {' + '.join(load.tenants)} {need} {gib(load.bytes)}, {device} has {gib(load.capacity)}"
+    held = {m.role: item.bytes for m in memories_of(config, models) for item in m.items if item.name == "weights"}
+    for role in set(load.tenants) - _TRAINED:
+        if held.get(role, 0) > load.capacity:
+            return (
+                f"{what}; {role} holds a whole copy of its model on each device, {gib(held[role])} of weights alone: "
+                "take a smaller model or a larger device"
+            )
     if not found:
-        least = "an engine holds a whole copy of the model" if "rollout" in load.tenants else "no setting helps"
-        return f"{what}; {least}: take a smaller model or a larger device"
+        return f"{what}; no setting helps: take a smaller model or a larger device"
     steps = ", then ".join(f"{remedy.setting}: {gib(remedy.bytes)}" for remedy in found)
-    end = "which fits" if found[-1].bytes <= load.capacity else "which is still too much: a larger device is needed"
+    end = "which fits" if found[-1].bytes <= load.capacity else "which is still too much: take a larger device"
     return f"{what}; what helps: {steps}, {end}"
 
 

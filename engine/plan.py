@@ -107,9 +107,7 @@ def _checked(
         attempt(make_start, config)
     tokenizer = None if "model.path" in unread else attempt(load_tokenizer, config)
     if tokenizer is None:
-        for source in filter(None, (config.data.train, config.data.evaluation) if rows else ()):
-            attempt(load_rows, source, columns=config.data.columns, on_bad_row=config.data.on_bad_row, required=())
-        return Plan(components=components)
+        return replace(_untokenised(config, attempt) if rows else Plan(), components=components)
     if config.environment is not None:  # raises where answers cannot be followed by replies
         attempt(TurnTokens, tokenizer, config.data)
     for key, path in config.model_paths.items():
@@ -119,6 +117,16 @@ def _checked(
     plan = attempt(build, config, tokenizer) if rows else None
     cutter = attempt(StepCutter, tokenizer, config.rewards.steps) if config.rewards.steps else None
     return replace(plan or Plan(), cutter=cutter, components=components)
+
+
+def _untokenised(config: Config, attempt: Callable[..., Any]) -> Plan:
+    """What can be said of rows that cannot be made into tokens: whether they can be read, and how many there are."""
+    how = {"columns": config.data.columns, "on_bad_row": config.data.on_bad_row, "required": ()}
+    read = [attempt(load_rows, source, **how) for source in (config.data.train, config.data.evaluation) if source]
+    if config.stage in ("rl", "pretrain") or read[0] is None:
+        return Plan()
+    rows, updates = _amount(config, len(read[0].rows))
+    return Plan(rows=rows, updates=updates, skipped=read[0].skipped)
 
 
 def _check_other_model(config: Config, key: str, path: str, tokenizer: Any, *, made: bool) -> None:

@@ -119,6 +119,7 @@ def examine(source: Path, overrides: Sequence[str], options: Options) -> RunPlan
     """All that can be found out about a run; nothing is written where it would run."""
     found = RunPlan(options)
     stages = load_stages(source, overrides, found.problems)
+    mended = ["settings that are wrong are taken at their defaults"] if found.problems else []
     with tempfile.TemporaryDirectory(prefix="gnomon-plan-") as folder:
         made: dict[str, Path] = {}
         for name, given in stages.items():
@@ -127,6 +128,7 @@ def examine(source: Path, overrides: Sequence[str], options: Options) -> RunPlan
             made[name] = Path(config.model.path)
             unmade = {key for key, path in given.model_paths.items() if path.startswith(STAGE_PREFIX)}
             found.stages[name] = _stage_plan(config, unmade, options, problems)
+            found.stages[name].notes += mended
             prefix = f"stage {name}: " if len(stages) > 1 else ""
             found.problems += [prefix + problem for problem in problems]
     return found

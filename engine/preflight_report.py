@@ -37,7 +37,7 @@ def _show_stage(stage: StagePlan, per_node: int, console: Console) -> None:
     console.print(f"model: {shape.kind}, {shape.parameters:,} parameters{active}", highlight=False)
     console.print(f"placement: {stage.config.placement.mode}", highlight=False)
     console.print(_placement(stage, per_node))
-    console.print("memory of each rank", highlight=False)
+    console.print("memory of each rank; its peak is what is held always + the larger of pass and step", highlight=False)
     console.print(_memory(stage))
     if stage.work is not None:
         rate = f"{stage.work.tokens / stage.step_s:,.0f} tokens/s"
@@ -102,7 +102,8 @@ def _total(found: RunPlan) -> str:
     devices = max(stage.devices for stage in found.stages.values())
     steps = " + ".join(f"{stage.work.steps:,}" for stage in found.stages.values() if stage.work and stage.work.steps)
     what = "machine" if all(stage.config.device == "cpu" for stage in found.stages.values()) else "accelerator"
-    line = f"duration: {found.hours:.3g} hours ({steps} steps) on {devices} {what}{'s' * (devices > 1)}"
+    long = f"{found.hours:.3g} hours" if found.hours >= 1 else f"{found.hours * 60:.2g} minutes"
+    line = f"duration: {long} ({steps} steps) on {devices} {what}{'s' * (devices > 1)}"
     return line + (f"; cost: {found.cost:,.2f} at {found.options.price:g} per {what}-hour" if found.cost else "")
 
 

@@ -4,6 +4,7 @@
     score       forward passes, bound by arithmetic
     update      forward and backward passes, or what ZeRO sends meanwhile if that takes longer; then the optimizer
     publish     weights from the trainer through the host's memory into every engine
+    turns       where roles take turns on a GPU: what leaves its memory and returns
 
 The rates are those of `engine.hardware` times the efficiencies below, which are what well-tuned programs reach, not
 what this one was measured to reach: expect the right order and the right bottleneck, not the second digit.
@@ -17,15 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config import Config
-from engine.fit import cache_bytes
+from engine.fit import cache_bytes, memories_of
 from engine.footprint import GIB, Model, adapter_parameters, answering, number_bytes
 from engine.hardware import Accelerator
+from engine.layout import layout_of
 from engine.schedule.costs import Costs
 
-TRAINING_EFFICIENCY = 0.4
-"""Of peak arithmetic in training; Llama 3 405B reached 0.38 to 0.43 (arXiv:2407.21783, table 4)."""
-FORWARD_EFFICIENCY = 0.5
-"""Of peak arithmetic in scoring and prefill (assumed)."""
+TRAINING_EFFICIENCY = {"cuda": 0.4, "cpu": 0.8}
+"""Of peak arithmetic in training. Llama 3 405B reached 0.38 to 0.43 on H100 (arXiv:2407.21783, table 4); on the CPU a
+model of 135 million parameters reached 0.89 of what a large product does (one thread, 512 tokens)."""
+FORWARD_EFFICIENCY = {"cuda": 0.5, "cpu": 0.8}
+"""Of peak arithmetic in scoring and prefill (assumed; on the CPU 0.95 in the same measurement)."""
 FLOAT32_EFFICIENCY = 0.8
 """Of peak arithmetic in the output layer's float32 products (assumed)."""
 BANDWIDTH_EFFICIENCY = 0.7
@@ -94,7 +97,7 @@ def costs_of(config: Config, models: Mapping[str, Model], hardware: Hardware, wo
     engine, size = hardware.engine, number_bytes(config.dtype)
     shape = answering(config, models).shape
     bandwidth = engine.bandwidth * BANDWIDTH_EFFICIENCY
-    arithmetic = engine.flops(config.dtype) * FORWARD_EFFICIENCY
+    arithmetic = engine.flops(config.dtype) * FORWARD_EFFICIENCY[config.device]
     context = max(1, round(work.prompt + work.response / 2))
     met = shape.weights_met(running_samples(config, models, work))
     return Costs(
@@ -123,7 +126,7 @@ def forward_token_s(
 ) -> float:
     """A pass that keeps nothing: seconds of the whole group for each token; `scores` has no output layer."""
     device = hardware.trainer
-    body = model.shape.forward_flops(work.sample / 2) / (device.flops(config.dtype) * FORWARD_EFFICIENCY)
+    body = model.shape.forward_flops(work.sample / 2) / (device.flops(config.dtype) * FORWARD_EFFICIENCY[config.device])
     return (body + (0.0 if scores else _head_s(model, hardware, work))) / ranks
 
 
@@ -137,7 +140,7 @@ def train_token_s(
     """
     adapted, repeated = config.trains_adapter, config.model.gradient_checkpointing
     passes = (2 if adapted else 3) + (1 if repeated else 0)
-    arithmetic = hardware.trainer.flops(config.dtype) * TRAINING_EFFICIENCY
+    arithmetic = hardware.trainer.flops(config.dtype) * TRAINING_EFFICIENCY[config.device]
     body = passes * model.shape.forward_flops(work.sample / 2) / arithmetic
     head = 0.0 if scores else _head_s(model, hardware, work) * (3 if adapted else 4)
     sent = _sent_per_microbatch(config, model, ranks, gathers=3 if repeated else 2) / hardware.between(ranks)
@@ -211,7 +214,8 @@ def step_phases(
 ) -> list[Phase]:
     """The phases of one step, in order, under the names of the run's metrics (`time/…`)."""
     if config.stage == "rl":
-        return _rl_phases(config, models, hardware, costs, work)
+        turns = _turns_s(config, models, hardware)
+        return _rl_phases(config, models, hardware, costs, work) + ([Phase("turns", turns)] if turns else [])
     model = models["model.path"]
     scores = config.stage == "reward_model"
     token_s = train_token_s(config, model, hardware, work, ranks=config.policy.ranks, scores=scores)
@@ -246,6 +250,15 @@ def _rl_phases(
         phases += [Phase("values", tokens * value_s), Phase("critic_update", trained * token_s + updates)]
     phases.append(Phase("update", trained * costs.train_token_s + config.updates_per_step * costs.update_s))
     return [*phases, Phase("publish", costs.publish_s)]
+
+
+def _turns_s(config: Config, models: Mapping[str, Model], hardware: Hardware) -> float:
+    """Everybody who shares a device leaves its memory and returns once in a step."""
+    if config.placement.mode != "turns" or config.device == "cpu":
+        return 0.0
+    held = {found.role: found.during("always") for found in memories_of(config, models)}
+    moved = max((sum(held[role] for role in roles) for roles in layout_of(config).sharing), default=0)
+    return 2 * moved / hardware.trainer.host
 
 
 def first_phases(
