@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import Config
-from engine.footprint import GIB, Model, RoleMemory, memory_of, number_bytes
+from engine.footprint import GIB, Model, RoleMemory, answering, memory_of, number_bytes
 from engine.layout import layout_of, roles_of
 
 USABLE = 0.95
@@ -193,7 +193,7 @@ def _adapters(config: Config, models: Mapping[str, Model], load: Load, memory: i
 
 def cache_bytes(config: Config, models: Mapping[str, Model]) -> int:
     """Of the longest sample's keys and values in an engine."""
-    shape = models["model.path"].shape
+    shape = answering(config, models).shape
     return shape.cache(config.rollout.max_model_len) * number_bytes(config.dtype)
 
 

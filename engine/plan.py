@@ -22,7 +22,7 @@ from engine.data.sources import Rows, load_rows
 from engine.data.steps import StepCutter, build_steps
 from engine.data.turns import TurnTokens
 from engine.environments.contract import load_environment
-from engine.model_folder import check_model, load_tokenizer, make_start
+from engine.model_folder import check_model, load_tokenizer, make_start, start_folder
 from engine.rewards.composition import Component, components_of
 from engine.user_code import load_object
 
@@ -105,7 +105,8 @@ def _checked(
         attempt(check_model, config, weights="model.path" not in unmade)
     elif rows:
         attempt(make_start, config)
-    tokenizer = None if "model.path" in unread else attempt(load_tokenizer, config)
+    unstarted = config.model.new is not None and not start_folder(config).is_dir()  # why has been told
+    tokenizer = None if unstarted or "model.path" in unread else attempt(load_tokenizer, config)
     if tokenizer is None:
         return replace(_untokenised(config, attempt) if rows else Plan(), components=components)
     if config.environment is not None:  # raises where answers cannot be followed by replies

@@ -29,8 +29,8 @@ from engine.fit import Load, loads_of, memories_of, memory_problems
 from engine.footprint import Model, RoleMemory
 from engine.hardware import Accelerator, accelerator
 from engine.layout import layout_of
+from engine.model_folder import architecture, resolved, start_folder
 from engine.model_shape import read_model_config, shape_of
-from engine.pipeline import resolved
 from engine.schedule.costs import Costs
 from engine.schedule.placement import Layout
 from engine.step_time import Hardware, Phase, Workload, costs_of, first_phases, step_phases
@@ -126,8 +126,11 @@ def examine(source: Path, overrides: Sequence[str], options: Options) -> RunPlan
             problems: list[str] = []
             config = resolved(given.model_copy(update={"output_dir": Path(folder)}), _with_stand_ins(given, made))
             made[name] = Path(config.model.path)
+            if any(path.startswith(STAGE_PREFIX) for path in config.model_paths.values()):
+                found.stages[name] = StagePlan(given, ["not planned: it starts from a stage that is not known"])
+                continue
             unmade = {key for key, path in given.model_paths.items() if path.startswith(STAGE_PREFIX)}
-            found.stages[name] = _stage_plan(config, unmade, options, problems)
+            found.stages[name] = _stage_plan(config, given, unmade, options, problems)
             found.stages[name].notes += mended
             prefix = f"stage {name}: " if len(stages) > 1 else ""
             found.problems += [prefix + problem for problem in problems]
@@ -140,17 +143,18 @@ def _with_stand_ins(config: Config, made: Mapping[str, Path]) -> dict[str, Path]
     return {name: made.get(name, Path(STAGE_PREFIX + name)) for name in names}
 
 
-def _stage_plan(config: Config, unmade: set[str], options: Options, problems: list[str]) -> StagePlan:
+def _stage_plan(config: Config, given: Config, unmade: set[str], options: Options, problems: list[str]) -> StagePlan:
+    """One stage; `config` is the given one with folders in place of `stage:NAME`."""
     stage = StagePlan(config)
-    weightless = {key for key, path in config.model_paths.items() if _bare(path, "*.safetensors")} - unmade
-    unread = {key for key, path in config.model_paths.items() if _bare(path, "token*", "vocab*", "spiece*")}
-    unread -= {"model.path"} if config.model.new is not None else set()
-    for key in sorted(weightless):
-        if config.model.new is None or key != "model.path":
-            stage.notes.append(f"{key}: {config.model_paths[key]} holds no weights: good for a plan, not for a run")
+    paths, made = config.model_paths, {"model.path"} if config.model.new is not None else set[str]()
+    weightless = {key for key, path in paths.items() if _bare(path, "*.safetensors")} - made
+    unread = {key for key, path in paths.items() if _bare(path, "token*", "vocab*", "spiece*")}
+    for key in sorted(weightless - unmade):
+        stage.notes.append(f"{key}: {given.model_paths[key]} holds no weights: good for a plan, not for a run")
     for key in sorted(unread):
-        stage.notes.append(f"{key}: {config.model_paths[key]} holds no tokenizer: its tokens are not checked")
+        stage.notes.append(f"{key}: {given.model_paths[key]} holds no tokenizer: its tokens are not checked")
     if not options.rows:
+        unread |= made  # the tokenizer would be trained on them
         stage.notes.append("data: rows were not read (--no-rows)")
     checked = plan.inspect(config, problems, unmade=unmade | weightless, unread=unread, rows=options.rows)
     stage.notes += [f"data: {len(checked.skipped)} rows are skipped"] if checked.skipped else []
@@ -170,9 +174,10 @@ def _estimate(stage: StagePlan, checked: plan.Plan, options: Options, problems: 
     stage.layout = layout_of(config)
     try:
         name = options.accelerator or ("cpu" if config.device == "cpu" else "H100")
-        if (name.lower() == "cpu") != (config.device == "cpu"):
+        device = _accelerator(name)
+        if (device.name == "cpu") != (config.device == "cpu"):
             raise UserError(f"--accelerator: {name} does not go with device: {config.device}; change one of the two")
-        stage.device = _accelerator(name)
+        stage.device = device
         models = _models(config, stage.notes)
     except UserError as error:
         if str(error) not in problems:
@@ -202,22 +207,17 @@ def _models(config: Config, notes: list[str]) -> dict[str, Model]:
     Raises:
         UserError: one has no configuration that transformers can build a language model from.
     """
-    models: dict[str, Model] = {}
-    if config.model.new is not None and not (Path(config.model.path) / "config.json").is_file():
-        fields = {**config.model.new.architecture, "vocab_size": config.model.new.vocabulary_size}
-        models["model.path"] = _model(_Fields(fields), config.dtype, False, "model.new.architecture")
-    for key, path in config.model_paths.items():
-        if key not in models:
-            source = _Fields(_read(path, config.model.trust_remote_code, key))
-            models[key] = _model(source, config.dtype, config.model.trust_remote_code, key)
+    trusted = config.model.trust_remote_code
+    if config.model.new is not None and not (start_folder(config) / "config.json").is_file():
+        architecture(config.model.new, size=config.model.new.vocabulary_size).save_pretrained(start_folder(config))
+    models = {
+        key: _model(_Fields(read_model_config(path, trust_remote_code=trusted, key=key)), config.dtype, trusted, key)
+        for key, path in config.model_paths.items()
+    }
     for key, model in models.items():
         if not model.saved_per_token:
             notes.append(f"{key}: what its backward pass keeps could not be found out; activations are left out")
     return models
-
-
-def _read(path: str, trust_remote_code: bool, key: str) -> Any:
-    return read_model_config(path, trust_remote_code=trust_remote_code, key=key)
 
 
 class _Fields:
