@@ -74,6 +74,8 @@ class ModelShape:
     """Rows of the output layer."""
     linears: tuple[Linear, ...]
     """Linear layers, the output layer left out."""
+    after_head: tuple[str, ...]
+    """What changes the logits after the output layer's product; trainers refuse such a model."""
 
     @property
     def body(self) -> int:
@@ -179,7 +181,14 @@ def shape_of(config: PreTrainedConfig | Mapping[str, Any], *, trust_remote_code:
         hidden=text.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else text.vocab_size,
         linears=tuple(Linear(name, m.in_features, m.out_features) for name, m in linears),
+        after_head=_after_head(model, head),
     )
+
+
+def _after_head(model: PreTrainedModel, head: Any) -> tuple[str, ...]:
+    """As `actors.packed_model.load_language_model` looks for it."""
+    scaled = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)]
+    return (*scaled, *(["a bias"] if getattr(head, "bias", None) is not None else []))
 
 
 def _experts_share(config: Any) -> float:

@@ -187,7 +187,7 @@ def _estimate(stage: StagePlan, checked: plan.Plan, options: Options, problems: 
     stage.memories = memories_of(config, models)
     stage.loads = loads_of(config, models, stage.device.memory)
     what = "this machine" if config.device == "cpu" else f"{stage.device.name}"
-    problems += memory_problems(config, models, stage.device.memory, what)
+    problems += _refused(config, models) + memory_problems(config, models, stage.device.memory, what)
     trainer, engine = (stage.device.with_threads(n) for n in (config.policy.threads, config.rollout.threads))
     hardware = Hardware(trainer, engine, options.per_node)
     stage.work = _workload(config, checked, options, stage.notes)
@@ -218,6 +218,17 @@ def _models(config: Config, notes: list[str]) -> dict[str, Model]:
         if not model.saved_per_token:
             notes.append(f"{key}: what its backward pass keeps could not be found out; activations are left out")
     return models
+
+
+def _refused(config: Config, models: Mapping[str, Model]) -> list[str]:
+    """Models whose log-probs trainers cannot compute, and will refuse to load."""
+    asked = {"model.path", "distill.teacher"} if config.stage != "reward_model" else set[str]()
+    return [
+        f"{key}: {config.model_paths[key]} changes its logits after the projection "
+        f"({', '.join(model.shape.after_head)}), which the chunked log-probs do not compute; use another model"
+        for key, model in models.items()
+        if key in asked and model.shape.after_head
+    ]
 
 
 class _Fields:

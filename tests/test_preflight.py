@@ -134,6 +134,13 @@ def test_what_the_command_line_has_wrong_is_a_problem_too(
     assert (code, expected in out) == (USER_ERROR, True)
 
 
+def test_a_model_that_trainers_refuse_is_a_problem(plan: Any, raw_config: dict[str, Any], tmp_path: Path) -> None:
+    small("gemma2", final_logit_softcapping=30.0).save_pretrained(tmp_path / "gemma2")
+    code, out = plan(raw_config, f"model.path={tmp_path / 'gemma2'}")
+    assert code == USER_ERROR
+    assert "changes its logits after the projection (final_logit_softcapping)" in out
+
+
 def test_ranks_are_placed_on_devices_and_nodes(plan: Any, raw_config: dict[str, Any], tmp_path: Path) -> None:
     raw = raw_config | {"device": "cuda", "model": {"path": bare(tmp_path / "8b", "Qwen3-8B")}}
     raw |= {"policy": {"ranks": 6, "zero_stage": 1}, "rollout": {"engines": 2, "kv_cache_gib": 4}}
