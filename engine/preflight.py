@@ -222,7 +222,8 @@ def _models(config: Config, notes: list[str]) -> dict[str, Model]:
 
 def _refused(config: Config, models: Mapping[str, Model]) -> list[str]:
     """Models whose log-probs trainers cannot compute, and will refuse to load."""
-    asked = {"model.path", "distill.teacher"} if config.stage != "reward_model" else set[str]()
+    asked = {"model.path"} if config.stage != "reward_model" else set[str]()
+    asked |= {"distill.teacher"} if config.distill.mode == "on_policy" else set()
     return [
         f"{key}: {config.model_paths[key]} changes its logits after the projection "
         f"({', '.join(model.shape.after_head)}), which the chunked log-probs do not compute; use another model"
