@@ -43,6 +43,39 @@ def run(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    accelerator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A100-80G, H100, H200, B200, L40S or cpu; H100 for cuda.")
+    ] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="Accelerators of one node.")] = 8,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an accelerator-hour.")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of an answer; by default the longest allowed.")
+    ] = None,
+    rows: Annotated[bool, typer.Option(help="Read and check the data rows.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what would run where, with how much memory, how long, at what cost, and all that is wrong; starts nothing."""
+    import json
+
+    from rich.console import Console
+
+    from engine import preflight, preflight_report
+
+    options = preflight.Options(accelerator, per_node, price, response_tokens, rows)
+    with preflight.quiet():
+        found = preflight.examine(config, overrides or [], options)
+    if as_json:
+        print(json.dumps(preflight_report.as_record(found)))
+    else:
+        preflight_report.show(found, Console())
+    if found.problems:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, whether it runs or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 import ray
@@ -30,9 +30,10 @@ from actors.reward_pool import RewardPool
 from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
-from engine.config import Config, DeviceRole, ModelRewardConfig, RewardsConfig, ServerConfig, UserError
+from engine.config import Config, RewardsConfig, UserError
+from engine.layout import layout_of, scorer_role, server_role
 from engine.roles import Record, Report, Sampling, Workers, unrecorded
-from engine.schedule.placement import Layout, Role, lay_out, shortage
+from engine.schedule.placement import shortage
 
 REMEDY = "add nodes, let roles share devices (placement.mode), or lower ranks, engines or ray.cpus_per_rank"
 WAITING = 64
@@ -40,51 +41,6 @@ WAITING = 64
 has a thread, which comes to hold about 50 KB for good."""
 CLOSE_TIMEOUT_S = 3.0
 JOIN_TIMEOUT_S = 10.0
-
-
-def roles_of(config: Config) -> list[Role]:
-    """The roles that a stage starts."""
-    cpus = config.ray.cpus_per_rank
-
-    def model(name: str, ranks: int) -> Role:
-        return Role(name, ranks, cpus, on_device=True)
-
-    if config.stage == "reward_model":
-        return [model("reward_model", config.policy.ranks)]
-    roles = [model("policy", config.policy.ranks)]
-    if config.stage == "rl" and config.algorithm.needs_critic:
-        roles.append(model("critic", config.critic.ranks))
-    if config.stage == "rl" and config.compares_with_start and not config.trains_adapter:
-        roles.append(model("reference", config.reference.ranks))
-    if config.generates:
-        roles += [model(_scorer(source), source.ranks) for source in config.rewards.models]
-        roles += [model(_server(source), 1) for source in config.rewards.servers]
-        roles.append(model("rollout", config.rollout.engines))
-        if config.environment is not None:
-            roles.append(Role("environments", config.environment.workers, cpus, on_device=False))
-        if config.rewards.functions:
-            roles.append(Role("rewards", 1, cpus * config.rewards.workers, on_device=False))
-    return roles
-
-
-def layout_of(config: Config) -> Layout:
-    """Who sits where, by `placement`."""
-    placement = config.placement
-    scorers = [_scorer(source) for source in config.rewards.models]
-    groups = [
-        [name for role in group for name in (scorers if role == "reward_model" else [role])]
-        for group in placement.groups or [list(get_args(DeviceRole))]  # a model server never leaves its device
-    ]
-    device = placement.device or ("GPU" if config.device == "cuda" else None)
-    return lay_out(roles_of(config), mode=placement.mode, groups=groups, device=device)
-
-
-def _scorer(source: ModelRewardConfig) -> str:
-    return f"reward_model/{source.name}"
-
-
-def _server(source: ServerConfig) -> str:
-    return f"server/{source.name}"
 
 
 @contextlib.contextmanager
@@ -209,8 +165,8 @@ def started_workers(
             crew.make("reference", ReferenceActor, [(config,)] * config.reference.ranks, env, replaceable=True)
         for source in config.rewards.models if config.generates else []:
             env = trainer_environment(config.device, config.policy.threads)
-            crew.make(_scorer(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
-        started = ("rewards", "environments", *map(_server, config.rewards.servers))
+            crew.make(scorer_role(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
+        started = ("rewards", "environments", *map(server_role, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
         yield crew.workers()
 
@@ -290,7 +246,7 @@ class _Crew:
         sampling = None
         if "rollout" in groups:
             scorers = {
-                source.name: RewardScorerGroup(config, source, groups[_scorer(source)], policy.hidden_size)
+                source.name: RewardScorerGroup(config, source, groups[scorer_role(source)], policy.hidden_size)
                 for source in config.rewards.models
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
@@ -352,11 +308,11 @@ def _started_servers(crew: _Crew, stack: contextlib.ExitStack) -> dict[str, str]
     """Start `rewards.servers`; the variables in which the reward functions find them."""
     config, found = crew.config, dict[str, str]()
     for server in config.rewards.servers:
-        crew.make(_server(server), ModelServerActor, [(config, server)], {})
-        stack.callback(_close, crew.groups[_server(server)])
-    start_all([crew.groups[_server(server)] for server in config.rewards.servers], config.timeouts.start)
+        crew.make(server_role(server), ModelServerActor, [(config, server)], {})
+        stack.callback(_close, crew.groups[server_role(server)])
+    start_all([crew.groups[server_role(server)] for server in config.rewards.servers], config.timeouts.start)
     for server in config.rewards.servers:
-        [(url, key)] = crew.groups[_server(server)].call("address", timeout_s=config.timeouts.start)
+        [(url, key)] = crew.groups[server_role(server)].call("address", timeout_s=config.timeouts.start)
         found |= {f"GNOMON_SERVER_{server.name.upper()}_URL": url, f"GNOMON_SERVER_{server.name.upper()}_KEY": key}
     return found
 

@@ -6,12 +6,12 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from engine.config import NAME_PATTERN, Config, ConfigError
 from engine.user_code import location_of
@@ -57,6 +57,29 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return config
 
 
+def load_stages(source: Path, overrides: Sequence[str], problems: list[str]) -> dict[str, Config]:
+    """The stages of a file (of one, under its name) as far as they can be made out; every mistake becomes a problem.
+
+    A setting that is wrong is left at its default, and a stage that lacks a required one is left out, so that what
+    remains can be looked at too.
+    """
+    try:
+        raw = _read(source)
+        for override in overrides:
+            _apply_override(raw, override)
+    except ConfigError as error:
+        problems.append(str(error))
+        return {}
+    found: list[str] = []
+    if "stages" in raw:
+        stages = _stages(raw, found, _mended)
+    else:
+        config = _mended(raw, (), found)
+        stages = {config.name: config} if config is not None else {}
+    problems += [f"{source}: {line}" for line in dict.fromkeys(found)]
+    return stages
+
+
 def _located(value: Any) -> Any:
     """A copy with the location of every function and class in its place."""
     if isinstance(value, Mapping):
@@ -87,13 +110,22 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+_Validate = Callable[[dict[str, Any], tuple[str, ...], list[str]], Config | None]
+
+
 def _pipeline(raw: dict[str, Any], problems: list[str]) -> PipelineConfig | None:
+    """The pipeline; problems are added to the list."""
+    stages = _stages(raw, problems, _validated)
+    return None if problems else PipelineConfig(run_dir=next(iter(stages.values())).output_dir, stages=stages)
+
+
+def _stages(raw: dict[str, Any], problems: list[str], validated: _Validate) -> dict[str, Config]:
     """Each stage's section over what all share; problems are added to the list."""
     shared = {key: value for key, value in raw.items() if key not in ("stages", "name", "output_dir")}
     entries = raw["stages"]
     if not isinstance(entries, Mapping) or not entries:
         problems.append("stages: must be a mapping of names to sections, for instance {sft: {data: ...}}")
-        return None
+        return {}
     folder = Config.model_fields["output_dir"].default
     named = {"name": raw.get("name", "run"), "output_dir": raw.get("output_dir", str(folder))}
     if not (isinstance(named["name"], str) and re.fullmatch(NAME_PATTERN, named["name"])):
@@ -112,13 +144,11 @@ def _pipeline(raw: dict[str, Any], problems: list[str]) -> PipelineConfig | None
             problems.append(f"stages.{name}.{misplaced[0]}: belongs to the top of the file; take it out")
             continue
         output_dir = f"{named['output_dir']}/{named['name']}"
-        config = _validated({**merged, "name": name, "output_dir": output_dir}, ("stages", str(name)), problems)
+        config = validated({**merged, "name": name, "output_dir": output_dir}, ("stages", str(name)), problems)
         if config is not None:
             problems += [f"stages.{name}.{p}" for p in _reference_problems(config, stages)]
             stages[str(name)] = config
-    if problems:
-        return None
-    return PipelineConfig(run_dir=next(iter(stages.values())).output_dir, stages=stages)
+    return stages
 
 
 def _reference_problems(config: Config, earlier: Mapping[str, Config]) -> list[str]:
@@ -152,14 +182,73 @@ def _validated(raw: dict[str, Any], where: tuple[str, ...], problems: list[str])
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        prefix = "".join(f"{part}." for part in where)
-        problems += [f"{prefix}{line}" for e in error.errors() for line in _explain(e)]
+        problems += _explained(error, where)
         return None
     if not where:
-        for key, path in config.model_paths.items():
-            if path.startswith(STAGE_PREFIX):
-                problems.append(f"{key}: {path} names another stage, but the file has no `stages:`; give a folder")
+        problems += _orphans(config)
     return config
+
+
+def _explained(error: ValidationError, where: tuple[str, ...]) -> list[str]:
+    """One line per mistake, each from the top of the file on."""
+    prefix = "".join(f"{part}." for part in where)
+    return [f"{prefix}{line}" for e in error.errors() for line in _explain(e)]
+
+
+def _orphans(config: Config) -> list[str]:
+    """Models of other stages, where there are none."""
+    return [
+        f"{key}: {path} names another stage, but the file has no `stages:`; give a folder"
+        for key, path in config.model_paths.items()
+        if path.startswith(STAGE_PREFIX)
+    ]
+
+
+class _Unchecked(Config):
+    """A configuration whose fields are checked each for itself only."""
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> _Unchecked:
+        return self
+
+
+def _mended(raw: dict[str, Any], where: tuple[str, ...], problems: list[str]) -> Config | None:
+    """The configuration without the settings that are wrong, which become problems; None where one is missing."""
+    kind: type[Config] = Config
+    while True:
+        try:
+            config = kind.model_validate(raw)
+        except ValidationError as error:
+            problems += _explained(error, where)
+            left = raw
+            for mistake in error.errors():
+                left = _without(left, mistake["loc"]) if mistake["type"] != "missing" else left
+            if left == raw and (kind is _Unchecked or any(mistake["loc"] for mistake in error.errors())):
+                return None
+            kind, raw = (_Unchecked if left == raw else kind), left
+        else:
+            problems += [] if where else _orphans(config)
+            return config
+
+
+def _without(value: Any, loc: Sequence[int | str]) -> Any:
+    """A copy without what lies at a path of keys; those that pydantic adds for itself are passed over."""
+    if not loc:
+        return value
+    first, rest = loc[0], loc[1:]
+    if isinstance(value, Mapping) and first in value:
+        if any(isinstance(value[first], Mapping | list) and part in _keys(value[first]) for part in rest):
+            return {**value, first: _without(value[first], rest)}
+        return {key: held for key, held in value.items() if key != first}
+    if isinstance(value, list) and isinstance(first, int) and first < len(value):
+        if any(isinstance(value[first], Mapping | list) and part in _keys(value[first]) for part in rest):
+            return [_without(held, rest) if i == first else held for i, held in enumerate(value)]
+        return [held for i, held in enumerate(value) if i != first]
+    return _without(value, rest)
+
+
+def _keys(value: Mapping[str, Any] | list[Any]) -> Sequence[int | str]:
+    return list(value) if isinstance(value, Mapping) else range(len(value))
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from engine.config import Config, NewModelConfig, UserError
+from engine.config_file import STAGE_PREFIX
 from engine.data.sources import stream_rows
 from engine.data.tokenizer import train_tokenizer
 
@@ -102,6 +104,18 @@ def start_folder(config: Config) -> Path:
     return config.run_dir / "start"
 
 
+def resolved(config: Config, models: Mapping[str, Path]) -> Config:
+    """The configuration with every `stage:NAME` replaced by that stage's model, and `model.new` by its start folder."""
+
+    def path(given: str) -> str:
+        return str(models[given.removeprefix(STAGE_PREFIX)]) if given.startswith(STAGE_PREFIX) else given
+
+    found = config.with_model_paths(path)
+    if config.model.new is None:
+        return found
+    return found.model_copy(update={"model": config.model.model_copy(update={"path": str(start_folder(config))})})
+
+
 def make_start(config: Config) -> None:
     """Write tokenizer and configuration of `model.new` into `start_folder`, unless they are there already.
 
@@ -121,8 +135,9 @@ def make_start(config: Config) -> None:
             config.data.train, columns=config.data.columns, on_bad_row=config.data.on_bad_row, required=("text",)
         )
         tokenizer = train_tokenizer((row["text"] for _, row in rows), vocabulary_size=new.vocabulary_size)
-    architecture = _architecture(new, tokenizer)
-    context = getattr(architecture, "max_position_embeddings", config.training.max_length)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = architecture(new, size=len(tokenizer), tokens=tokens)
+    context = getattr(model, "max_position_embeddings", config.training.max_length)
     if config.training.max_length > context:
         raise UserError(
             f"training.max_length: {config.training.max_length} is over model.new.architecture's "
@@ -131,28 +146,28 @@ def make_start(config: Config) -> None:
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer.save_pretrained(unfinished)
-    architecture.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
     (unfinished / record.name).write_text(json.dumps(origin))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
-def _architecture(new: NewModelConfig, tokenizer: Any) -> Any:
-    """The transformers configuration, with the tokenizer's vocabulary and special tokens.
+def architecture(new: NewModelConfig, *, size: int, tokens: Mapping[str, int | None] | None = None) -> Any:
+    """The transformers configuration, with a vocabulary of this size and the ids of its special tokens.
 
     Raises:
         UserError: transformers does not take it.
     """
     from transformers import AutoConfig
 
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    fields = {**new.architecture, "vocab_size": len(tokenizer), **tokens}
+    special = dict(tokens or {})
+    fields = {**new.architecture, "vocab_size": size, **special}
     kind = fields.pop("model_type", None)
     if kind is None:
         raise UserError("model.new.architecture: model_type is required, for instance llama")
     try:
         known = AutoConfig.for_model(kind).to_dict()
-        if unknown := sorted(set(fields) - set(known) - set(tokens)):
+        if unknown := sorted(set(fields) - set(known) - set(special)):
             close = difflib.get_close_matches(unknown[0], known, n=1)
             raise UserError(
                 f"model.new.architecture.{unknown[0]}: {kind} has no such field"

@@ -20,7 +20,7 @@ import yaml
 from engine.checkpoint import Checkpoint, Checkpoints, changed_settings, read_result, write_result
 from engine.config import Config, UserError
 from engine.config_file import STAGE_PREFIX, PipelineConfig
-from engine.model_folder import start_folder
+from engine.model_folder import resolved
 from engine.plan import Plan, prepare
 from engine.ray_token import use_private_token
 from engine.remote_checkpoints import RemoteCheckpoints, checkpoints_of
@@ -88,18 +88,6 @@ def run(config: Config | PipelineConfig, *, start_from: str | None = None) -> Re
                 state = "finished" if name in missing else "was finished already"
                 print(f"stage {name} {state}: {results[name].summary()}", flush=True)
     return results[list(stages)[-1]]
-
-
-def resolved(config: Config, models: Mapping[str, Path]) -> Config:
-    """The configuration with every `stage:NAME` replaced by that stage's model, and `model.new` by its start folder."""
-
-    def path(given: str) -> str:
-        return str(models[given.removeprefix(STAGE_PREFIX)]) if given.startswith(STAGE_PREFIX) else given
-
-    found = config.with_model_paths(path)
-    if config.model.new is None:
-        return found
-    return found.model_copy(update={"model": config.model.model_copy(update={"path": str(start_folder(config))})})
 
 
 def _preflight(stages: Mapping[str, Config], missing: list[str]) -> dict[str, Plan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from engine.data.sources import Rows, load_rows
 from engine.data.steps import StepCutter, build_steps
 from engine.data.turns import TurnTokens
 from engine.environments.contract import load_environment
-from engine.model_folder import check_model, load_tokenizer, make_start
+from engine.model_folder import check_model, load_tokenizer, make_start, start_folder
 from engine.rewards.composition import Component, components_of
 from engine.user_code import load_object
 
@@ -66,28 +66,82 @@ def prepare(config: Config, *, unmade: Collection[str] = ()) -> Plan:
     Raises:
         UserError: with what is wrong, where, and how to mend it.
     """
-    components = components_of(config)
+    return _checked(config, unmade=unmade, unread=(), rows=True, attempt=_at_once)
+
+
+def inspect(
+    config: Config, problems: list[str], *, unmade: Collection[str], unread: Collection[str], rows: bool
+) -> Plan:
+    """The same as far as it goes: what is wrong is added to `problems`, and what hangs on it is left out.
+
+    `unread` are the keys of models without a tokenizer; `rows` is whether data rows are read.
+    """
+
+    def attempt(check: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        try:
+            return check(*args, **named)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    return _checked(config, unmade=unmade, unread=unread, rows=rows, attempt=attempt)
+
+
+def _at_once(check: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """A check whose error ends the preflight."""
+    return check(*args, **named)
+
+
+def _checked(
+    config: Config, *, unmade: Collection[str], unread: Collection[str], rows: bool, attempt: Callable[..., Any]
+) -> Plan:
+    """Every check by way of `attempt`, which returns None where one failed and the others are to go on."""
+    components = attempt(components_of, config) or ()
     if config.stage == "rl":
         for key, place in (("advantage", config.algorithm.advantage), ("loss", config.algorithm.loss)):
             if ":" in place:
-                load_object(place, what=f"algorithm.{key}")
-    if config.model.new is not None:
-        make_start(config)
-    else:
-        check_model(config, weights="model.path" not in unmade)
-    tokenizer = load_tokenizer(config)
-    if config.environment is not None:
-        TurnTokens(tokenizer, config.data)  # raises where answers cannot be followed by replies
-    if config.stage == "distill":
-        _check_teacher(config, tokenizer)
+                attempt(load_object, place, what=f"algorithm.{key}")
+    if config.model.new is None:
+        attempt(check_model, config, weights="model.path" not in unmade)
+    elif rows:
+        attempt(make_start, config)
+    unstarted = config.model.new is not None and not start_folder(config).is_dir()  # why has been told
+    tokenizer = None if unstarted or "model.path" in unread else attempt(load_tokenizer, config)
+    if tokenizer is None:
+        return replace(_untokenised(config, attempt) if rows else Plan(), components=components)
+    if config.environment is not None:  # raises where answers cannot be followed by replies
+        attempt(TurnTokens, tokenizer, config.data)
     for key, path in config.model_paths.items():
-        if key == "critic.path" or key.startswith("rewards.models"):
-            _check_reward_model(config, key, path, tokenizer, made=key not in unmade)
-        if key.startswith("rewards.servers") and not load_tokenizer(config, path=path, key=key).chat_template:
-            raise UserError(f"{key}: {path} has no chat template, which a judge is asked with; take a chat model")
-    plan = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)(config, tokenizer)
-    cutter = StepCutter(tokenizer, config.rewards.steps) if config.rewards.steps else None
-    return replace(plan, cutter=cutter, components=components)
+        if key not in unread:
+            attempt(_check_other_model, config, key, path, tokenizer, made=key not in unmade)
+    build = {"rl": _prompts_plan, "pretrain": _text_plan}.get(config.stage, _examples_plan)
+    plan = attempt(build, config, tokenizer) if rows else None
+    cutter = attempt(StepCutter, tokenizer, config.rewards.steps) if config.rewards.steps else None
+    return replace(plan or Plan(), cutter=cutter, components=components)
+
+
+def _untokenised(config: Config, attempt: Callable[..., Any]) -> Plan:
+    """What can be said of rows that cannot be made into tokens: whether they can be read, and how many there are."""
+    how = {"columns": config.data.columns, "on_bad_row": config.data.on_bad_row, "required": ()}
+    read = [attempt(load_rows, source, **how) for source in (config.data.train, config.data.evaluation) if source]
+    if config.stage in ("rl", "pretrain") or read[0] is None:
+        return Plan()
+    rows, updates = _amount(config, len(read[0].rows))
+    return Plan(rows=rows, updates=updates, skipped=read[0].skipped)
+
+
+def _check_other_model(config: Config, key: str, path: str, tokenizer: Any, *, made: bool) -> None:
+    """A model beside the one that is trained can work with it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if key == "distill.teacher":
+        _check_teacher(config, tokenizer)
+    if key == "critic.path" or key.startswith("rewards.models"):
+        _check_reward_model(config, key, path, tokenizer, made=made)
+    if key.startswith("rewards.servers") and not load_tokenizer(config, path=path, key=key).chat_template:
+        raise UserError(f"{key}: {path} has no chat template, which a judge is asked with; take a chat model")
 
 
 def _prompts_plan(config: Config, tokenizer: Any) -> Plan:

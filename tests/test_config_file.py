@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from engine.config import Config, ConfigError
-from engine.config_file import PipelineConfig, load_config
+from engine.config_file import PipelineConfig, load_config, load_stages
 
 
 @pytest.fixture
@@ -109,3 +109,41 @@ def test_a_mapping_is_a_configuration_too_and_functions_stand_for_their_location
     assert raw["data"] == {"train": json.load}, "what was given is left as it is"
     with pytest.raises(ConfigError, match=r"configuration: stages\.rl\.rl\.steps: "):
         load_config(raw, ["stages.rl.rl.steps=0"])
+
+
+def test_stages_are_made_out_as_far_as_they_go_and_every_mistake_is_told(raw_config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    problems = []
+    assert load_stages(file, [], problems) == {"test": load_config(file)}
+    assert problems == []
+    overrides = [
+        "rl.steps=-1",
+        "rl.stpes=2",
+        "rewards.functions=[{function: exact, wieght: 1}]",
+        "rollout.temperature=0",
+    ]
+    [stage] = load_stages(file, overrides, problems).values()
+    assert [problem.partition(": ")[2].partition(":")[0] for problem in problems] == [
+        "rewards.functions.0.wieght",
+        "rl.steps",
+        "rl.stpes",
+        "rollout.temperature",
+    ]
+    assert stage.rl.steps == type(stage.rl)().steps
+    assert [entry.function for entry in stage.rewards.functions] == ["exact"]
+    assert stage.rollout.temperature == 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["rl", "model=", "stages={}", "algorithm=grop", "data.train={subset: x}", "rewards.functions=3", "name=[]"],
+)
+def test_stages_that_cannot_be_made_out_are_left_out_with_their_mistakes(raw_config, tmp_path, override):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    problems = []
+    load_stages(file, [override], problems)
+    assert problems
+    with pytest.raises(ConfigError):
+        load_config(file, [override])

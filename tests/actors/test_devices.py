@@ -13,8 +13,9 @@ from actors.process import backend_for, free_port, offloads
 from actors.ragged_attention import RAGGED_SDPA, RAGGED_VARLEN, attention_for
 from actors.rollout import engine_arguments, engine_environment
 from actors.trainer import deepspeed_config
-from engine.cluster import layout_of, roles_of, trainer_environment
+from engine.cluster import trainer_environment
 from engine.config import Config
+from engine.layout import layout_of, roles_of
 
 
 def configure(**changes: Any) -> Config:

@@ -13,8 +13,8 @@ import pytest
 
 from actors import supervised
 from actors.model_server import ModelServerActor, server_arguments
-from engine.cluster import layout_of, roles_of
 from engine.config import Config, ServerConfig
+from engine.layout import layout_of, roles_of
 
 SUPERVISED = str(Path(supervised.__file__))
 FAMILY = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
