@@ -82,8 +82,11 @@ class StagePlan:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step."""
-        return sum(phase.seconds for phase in self.phases)
+        """Seconds of a step; where generation runs ahead, the longer of it and all else."""
+        generating = sum(phase.seconds for phase in self.phases if phase.name == "rollout")
+        others = sum(phase.seconds for phase in self.phases) - generating
+        beside = self.config.stage == "rl" and self.config.rl.max_staleness > 0
+        return max(generating, others) if beside else generating + others
 
     @property
     def hours(self) -> float | None:

@@ -68,6 +68,11 @@ class Workload:
         """Of all samples of a step."""
         return self.samples * self.sample
 
+    @property
+    def computed(self) -> float:
+        """Tokens of a pass over a step's samples: those of one prompt share it."""
+        return self.prompts * self.prompt + self.samples * self.response
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -144,15 +149,14 @@ def train_token_s(
     body = passes * model.shape.forward_flops(work.sample / 2) / arithmetic
     head = 0.0 if scores else _head_s(model, hardware, work) * (3 if adapted else 4)
     sent = _sent_per_microbatch(config, model, ranks, gathers=3 if repeated else 2) / hardware.between(ranks)
-    microbatch = min(config.policy.tokens_per_microbatch, max(1.0, work.tokens / ranks))
+    microbatch = min(config.policy.tokens_per_microbatch, max(1.0, work.computed / ranks))
     return max(body + head, sent / microbatch) / ranks
 
 
 def _head_s(model: Model, hardware: Hardware, work: Workload) -> float:
-    """The output layer's float32 product for the trained part of a token."""
-    return (
-        model.shape.head_flops() * work.response / work.sample / (hardware.trainer.float32_flops * FLOAT32_EFFICIENCY)
-    )
+    """The output layer's float32 product for the trained part of a computed token."""
+    trained = work.samples * work.response / work.computed
+    return model.shape.head_flops() * trained / (hardware.trainer.float32_flops * FLOAT32_EFFICIENCY)
 
 
 def _sent_per_microbatch(config: Config, model: Model, ranks: int, *, gathers: int) -> float:
@@ -224,15 +228,15 @@ def step_phases(
         share = config.distill.on_policy_fraction
         phases.append(Phase("rollout", share * generate_s(config, models, costs, work)))
         teacher = forward_token_s(config, models["distill.teacher"], hardware, work, ranks=config.policy.ranks)
-        phases.append(Phase("teacher", work.tokens * teacher))
-    phases.append(Phase("update", work.tokens * token_s + costs.update_s))
+        phases.append(Phase("teacher", work.computed * teacher))
+    phases.append(Phase("update", work.computed * token_s + costs.update_s))
     return phases + ([Phase("publish", costs.publish_s)] if costs.publish_s else [])
 
 
 def _rl_phases(
     config: Config, models: Mapping[str, Model], hardware: Hardware, costs: Costs, work: Workload
 ) -> list[Phase]:
-    algorithm, model, tokens = config.algorithm, models["model.path"], work.tokens
+    algorithm, model, tokens = config.algorithm, models["model.path"], work.computed
     phases = [Phase("rollout", generate_s(config, models, costs, work) + costs.reward_s)]
     if config.compares_with_start:
         ranks = config.policy.ranks if config.trains_adapter else config.reference.ranks
@@ -265,7 +269,7 @@ def first_phases(
     config: Config, models: Mapping[str, Model], hardware: Hardware, costs: Costs, work: Workload
 ) -> list[Phase]:
     """What happens once, before the first step: a preference loss asks the reference, a teacher answers all rows."""
-    rows = (work.steps or 0) * work.tokens / max(1.0, config.training.epochs)
+    rows = (work.steps or 0) * work.computed / max(1.0, config.training.epochs)
     if config.stage == "preference" and config.preference.loss not in ("orpo", "simpo"):
         return [Phase("reference", rows * costs.forward_token_s)]
     if config.stage == "distill" and config.distill.mode == "sequence":
