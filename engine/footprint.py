@@ -97,7 +97,8 @@ def _items(config: Config, role: str, models: Mapping[str, Model]) -> list[Item]
     servers = {server_role(s): (s, models[f"rewards.servers.{i}.path"]) for i, s in enumerate(config.rewards.servers)}
     match role:
         case "policy":
-            return [*_trained(config, model, config.policy.ranks, scores=False), *_teacher(config, models)]
+            trained = _trained(config, model, config.policy.ranks, scores=False)
+            return [*trained, *_teacher(config, models), *_published(config, model)]
         case "reward_model":
             return _trained(config, model, config.policy.ranks, scores=True)
         case "critic":
@@ -114,6 +115,15 @@ def _items(config: Config, role: str, models: Mapping[str, Model]) -> list[Item]
             return _engine(config, judge, server.kv_cache_gib, dtype)
         case _:
             return []
+
+
+def _published(config: Config, model: Model) -> list[Item]:
+    """The buckets that the engines read: on the host, so only where that is the device too."""
+    if config.device == "cuda" or not config.generates:
+        return []
+    alone = config.model.adapter.kind == "lora" and not config.model.adapter.dora
+    numbers = adapter_parameters(model.shape, config.model.adapter) if alone else model.shape.parameters
+    return [Item("weights for the engines", numbers * number_bytes(config.dtype), "always")]
 
 
 def answering(config: Config, models: Mapping[str, Model]) -> Model:
