@@ -24,7 +24,8 @@ def token_logprobs(
     Logits exist for one chunk of tokens at a time and are recomputed in the backward pass: the idea of gradient
     checkpointing (Chen et al. 2016, arXiv:1604.06174), applied to the loss layer as in arXiv:2411.09009. Each of
     `hidden_T` and `weight` receives one gradient per backward pass, however many chunks there are, as ZeRO demands.
-    Everything is computed in float32 (float64 if an input is float64), also under autocast.
+    Everything is computed in float32 (float64 if an input is float64), also under autocast; 16-bit factors on a GPU are
+    multiplied as they are and summed in float32, where its tensor cores do so (`factor_dtype`).
 
     Call it inside the forward of the module that owns `weight`: a parameter that ZeRO-3 has sharded is whole only
     during that module's forward and backward.
@@ -70,12 +71,12 @@ def greedy_hits(
     """
     check_head(hidden_T, weight, chunk_tokens)
     _check_targets(hidden_T, targets_T)
-    dtype = compute_dtype(hidden_T, weight)
-    weight = weight.to(dtype)
+    dtype, factor = compute_dtype(hidden_T, weight), factor_dtype(hidden_T, weight)
+    weight = weight.to(factor)
     hits_T = torch.empty_like(targets_T, dtype=torch.bool)
     with torch.autocast(hidden_T.device.type, enabled=False):
         for span in chunk_spans(len(hidden_T), chunk_tokens):
-            hits_T[span] = (hidden_T[span].to(dtype) @ weight.T).argmax(1) == targets_T[span]
+            hits_T[span] = product(hidden_T[span].to(factor), weight.T, dtype).argmax(1) == targets_T[span]
     return hits_T
 
 
@@ -93,13 +94,13 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)
-        dtype = compute_dtype(hidden_T, weight)
-        whole_weight = weight.to(dtype)
+        dtype, factor = compute_dtype(hidden_T, weight), factor_dtype(hidden_T, weight)
+        whole_weight = weight.to(factor)
         logp_T = hidden_T.new_empty(len(hidden_T), dtype=dtype)
         entropy_T = torch.empty_like(logp_T)
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), chunk_tokens):
-                logp_CV = _log_softmax(hidden_T[span].to(dtype), whole_weight, temperature)
+                logp_CV = _log_softmax(hidden_T[span].to(factor), whole_weight, temperature, dtype)
                 logp_T[span] = logp_CV.gather(1, targets_T[span, None])[:, 0]
                 entropy_T[span] = -logp_CV.exp().mul_(logp_CV).sum(1)
         ctx.save_for_backward(hidden_T, weight, targets_T, entropy_T)
@@ -113,16 +114,16 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_T, weight, targets_T, entropy_T = ctx.saved_tensors
         if grad_logp_T is None:
             grad_logp_T = torch.zeros_like(entropy_T)
-        dtype = compute_dtype(hidden_T, weight)
+        dtype, factor = compute_dtype(hidden_T, weight), factor_dtype(hidden_T, weight)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden_T = torch.empty_like(hidden_T) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
-        whole_weight = weight.to(dtype)
+        whole_weight = weight.to(factor)
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), ctx.chunk_tokens):
-                hidden_C = hidden_T[span].to(dtype)
+                hidden_C = hidden_T[span].to(factor)
                 scale_C1 = grad_logp_T[span, None] / ctx.temperature
-                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature)
+                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature, dtype)
                 # With p the softmax: d logp(target) / d logits = onehot(target) - p
                 if grad_entropy_T is None:
                     grad_CV.exp_().mul_(-scale_C1)
@@ -131,15 +132,30 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_CV.add_(entropy_T[span, None]).mul_(grad_entropy_T[span, None] / ctx.temperature)
                     grad_CV.add_(scale_C1).mul_(p_CV).neg_()
                 grad_CV.scatter_add_(1, targets_T[span, None], scale_C1)
+                grad_CV = grad_CV.to(factor)
                 if grad_hidden_T is not None:
-                    grad_hidden_T[span] = (grad_CV @ whole_weight).to(hidden_T.dtype)
+                    grad_hidden_T[span] = product(grad_CV, whole_weight, dtype).to(hidden_T.dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_CV.T, hidden_C)
+                    grad_weight += product(grad_CV.T, hidden_C, dtype)
         return grad_hidden_T, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    return torch.log_softmax((hidden_C @ weight.T).div_(temperature), dim=1)
+def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.log_softmax(product(hidden_C, weight.T, dtype).div_(temperature), dim=1)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b summed and returned in `dtype`; the factors have it too, or are 16-bit numbers on a GPU."""
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def factor_dtype(*factors: torch.Tensor) -> torch.dtype:
+    """What factors are multiplied in: themselves where all are 16-bit numbers of one kind on a GPU, whose products are
+    exact in float32; else `compute_dtype`."""
+    [first, *others] = factors
+    small = first.dtype in (torch.bfloat16, torch.float16) and first.device.type == "cuda"
+    alike = all((x.dtype, x.device.type) == (first.dtype, first.device.type) for x in others)
+    return first.dtype if small and alike else compute_dtype(*factors)
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

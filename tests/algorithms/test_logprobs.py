@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.algorithms.logprobs import greedy_hits, token_logprobs
+from engine.algorithms.logprobs import factor_dtype, greedy_hits, token_logprobs
 
 V, H = 11, 4
 
@@ -254,3 +255,18 @@ def test_greedy_hits_refuse_what_does_not_fit():
         greedy_hits(hidden_T, weight, targets_T[:2])
     with pytest.raises(ValueError, match="weight"):
         greedy_hits(hidden_T, weight.T, targets_T)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "device", "expected"),
+    [
+        ((torch.bfloat16, torch.bfloat16), "cuda", torch.bfloat16),
+        ((torch.bfloat16, torch.float32), "cuda", torch.float32),
+        ((torch.bfloat16, torch.float16), "cuda", torch.float32),
+        ((torch.float64, torch.float64), "cuda", torch.float64),
+        ((torch.bfloat16, torch.bfloat16), "cpu", torch.float32),
+    ],
+)
+def test_small_numbers_are_multiplied_as_they_are_where_a_gpu_sums_them_exactly(dtypes, device, expected):
+    factors = [SimpleNamespace(dtype=dtype, device=torch.device(device)) for dtype in dtypes]
+    assert factor_dtype(*factors) == expected  # type: ignore[arg-type]
