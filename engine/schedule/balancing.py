@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 
 
 def plan_microbatches(
@@ -23,11 +24,11 @@ def plan_microbatches(
         raise ValueError(f"a sample of {longest} tokens exceeds the budget of {token_budget} tokens per micro-batch")
     by_length = sorted(range(len(seq_lens)), key=lambda i: (-seq_lens[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    cost = [0] * ranks
+    least = [(0, rank) for rank in range(ranks)]  # a heap of (cost, rank)
     for sample in by_length:
-        rank = min(range(ranks), key=cost.__getitem__)
+        cost, rank = least[0]
         shares[rank].append(sample)
-        cost[rank] += seq_lens[sample] * (6 * hidden_size + seq_lens[sample])
+        heapreplace(least, (cost + seq_lens[sample] * (6 * hidden_size + seq_lens[sample]), rank))
     plan = [_pack(share, seq_lens, token_budget) for share in shares]
     most = max(map(len, plan))
     return [bins + [[] for _ in range(most - len(bins))] for bins in plan]
