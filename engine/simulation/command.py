@@ -67,9 +67,14 @@ class Simulated:
             f"{check.predicted / check.measured:.2f}"
             for check in self.checks
         ]
-        slowest = max(self.runs, key=lambda run: run.result.setting.accelerators).result
-        rates = ", ".join(f"{who} {rate:,.0f}" for who, rate in sorted(slowest.decisions.per_second().items()))
-        found.append(f"decisions per second, {slowest.setting.accelerators} accelerators: {rates}")
+        found += [
+            f"{run.result.setting}: stopped after {run.result.steps} steps: more failures than ray.stop_after_incidents"
+            for run in self.runs
+            if run.result.stopped
+        ]
+        largest = max(self.runs, key=lambda run: run.result.setting.accelerators).result
+        rates = ", ".join(f"{who} {rate:,.0f}" for who, rate in sorted(largest.decisions.per_second().items()))
+        found.append(f"decisions per second, {largest.setting.accelerators} accelerators: {rates}")
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import thread_time
 from typing import ParamSpec, TypeVar
 
 from engine.config import Config
@@ -94,6 +94,9 @@ class Setting:
         """How many there are in all."""
         return max(self.engines, self.trainers) if self.turns else self.engines + self.trainers
 
+    def __str__(self) -> str:
+        return f"{self.engines} in turns" if self.turns else f"{self.engines}+{self.trainers}, k = {self.max_staleness}"
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -116,9 +119,9 @@ class Decisions:
 
     def __call__(self, who: str, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a method of `who`."""
-        start = perf_counter()
+        start = thread_time()
         result = method(*args, **kwargs)
-        self.seconds[who] += perf_counter() - start  # type: ignore[assignment]
+        self.seconds[who] += thread_time() - start  # type: ignore[assignment]
         self.calls[who] += 1
         return result
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from engine.schedule.costs import Costs
 from engine.simulation.loop import simulate
 from engine.simulation.scenario import Failures, Result, Setting, Workload
 
 CAPTION = (
-    "split, idle: engines and trainers; x turns: speed-up over engines and trainers that take turns on all devices; "
-    "x sync: over the same split with staleness 0; age: of the trained tokens, in versions; "
-    "lost: share of all tokens that was generated in vain"
+    "split, idle: engines and trainers; k: max_staleness; x turns: speed-up over engines and trainers that take turns "
+    "on all devices; x sync: over the same split with k = 0; age: of the trained tokens, in versions; lost: share of "
+    "all response tokens that was generated in vain"
 )
 
 
@@ -105,17 +105,18 @@ def sweep(
 def table_of(runs: Sequence[Compared], price: float | None) -> Table:
     """For a person: one line per run."""
     failing = any(run.result.engine_failures + run.result.trainer_failures for run in runs)
-    headings = ["devices", "split", "stale", "s/step", "x turns", "x sync", "idle", "age"]
+    headings = ["devices", "split", "k", "s/step", "x turns", "x sync", "idle", "age"]
     headings += ["failed", "lost"] if failing else []
     headings += ["cost"] if price is not None else []
-    table = Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=CAPTION, caption_justify="left")
+    columns = [Column(heading, no_wrap=True) for heading in headings]
+    table = Table(*columns, box=SIMPLE_HEAD, padding=0, caption=CAPTION, caption_justify="left")
     for compared in runs:
         result = compared.result
         cells = [
             str(result.setting.accelerators),
-            "in turns" if result.setting.turns else f"{result.setting.engines}+{result.setting.trainers}",
+            "turns" if result.setting.turns else f"{result.setting.engines}+{result.setting.trainers}",
             str(result.setting.max_staleness),
-            f"{result.step_seconds:.4g}" + (f" (stopped at {result.steps})" if result.stopped else ""),
+            f"{result.step_seconds:.4g}",
             f"{compared.over_turns:.2f}",
             "" if compared.over_separate is None else f"{compared.over_separate:.2f}",
             f"{result.engines_idle:.0%}/{result.trainers_idle:.0%}",
