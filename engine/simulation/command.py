@@ -15,7 +15,7 @@ from engine.schedule.costs import Costs
 from engine.simulation.calibrate import Check, checks, fit, read_run, setting_of
 from engine.simulation.lengths import FORMS, parse_lengths
 from engine.simulation.scenario import Failures, Workload
-from engine.simulation.sweep import Compared, sweep
+from engine.simulation.sweep import LEGEND, Compared, sweep
 
 N = TypeVar("N", int, float)
 
@@ -61,7 +61,7 @@ class Simulated:
     def lines(self) -> list[str]:
         """For a person, under the table: what the numbers rest on."""
         shown = ", ".join(f"{key} {value:.3g}" for key, value in asdict(self.costs).items())
-        found = [f"costs: {shown}; prompts of {self.prompt_tokens} tokens"]
+        found = [LEGEND, f"costs: {shown}; prompts of {self.prompt_tokens} tokens"]
         found += [
             f"{check.folder}: {check.predicted:.3g} s/step predicted, {check.measured:.3g} measured, ratio "
             f"{check.predicted / check.measured:.2f}"

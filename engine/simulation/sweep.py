@@ -13,7 +13,7 @@ from engine.schedule.costs import Costs
 from engine.simulation.loop import simulate
 from engine.simulation.scenario import Failures, Result, Setting, Workload
 
-CAPTION = (
+LEGEND = (
     "split, idle: engines and trainers; k: max_staleness; x turns: speed-up over engines and trainers that take turns "
     "on all devices; x sync: over the same split with k = 0; age: of the trained tokens, in versions; lost: share of "
     "all response tokens that was generated in vain"
@@ -25,10 +25,10 @@ class Compared:
     """A simulated run, and how much faster it is than the synchronous ones of as many accelerators."""
 
     result: Result
-    over_turns: float
-    """Than engines and trainers in turns on all of them."""
+    over_turns: float | None
+    """Than engines and trainers in turns on all of them; None where failures stopped either."""
     over_separate: float | None
-    """Than the same split with max_staleness 0; None where that was not asked for."""
+    """Than the same split with max_staleness 0; None also where that was not asked for."""
 
     def to_json(self, price: float | None) -> dict[str, Any]:
         """For programs; `price` is that of an accelerator for an hour."""
@@ -91,15 +91,22 @@ def sweep(
         if grown_from is not None:
             prompts = max(1, round(prompts * number / grown_from))
         own = replace(workload, prompts_per_step=prompts)
-        in_turns, separate = 0.0, dict[int, float]()
+        in_turns: Result | None = None
+        separate: dict[int, Result] = {}
         for setting in settings(number, shares, staleness):
             result = simulate(own, setting, costs, failures=failures, seed=seed)
             if setting.turns:
-                in_turns = result.step_seconds
+                in_turns = result
             elif setting.max_staleness == 0:
-                separate[setting.trainers] = result.step_seconds
-            base = separate.get(setting.trainers) if not setting.turns else None
-            yield Compared(result, in_turns / result.step_seconds, None if base is None else base / result.step_seconds)
+                separate[setting.trainers] = result
+            same_split = None if setting.turns else separate.get(setting.trainers)
+            yield Compared(result, _speedup(result, in_turns), _speedup(result, same_split))
+
+
+def _speedup(result: Result, base: Result | None) -> float | None:
+    if base is None or base.stopped or result.stopped or not result.seconds:
+        return None
+    return base.seconds / result.seconds
 
 
 def table_of(runs: Sequence[Compared], price: float | None) -> Table:
@@ -109,15 +116,15 @@ def table_of(runs: Sequence[Compared], price: float | None) -> Table:
     headings += ["failed", "lost"] if failing else []
     headings += ["cost"] if price is not None else []
     columns = [Column(heading, no_wrap=True) for heading in headings]
-    table = Table(*columns, box=SIMPLE_HEAD, padding=0, caption=CAPTION, caption_justify="left")
+    table = Table(*columns, box=SIMPLE_HEAD, padding=0)
     for compared in runs:
         result = compared.result
         cells = [
             str(result.setting.accelerators),
             "turns" if result.setting.turns else f"{result.setting.engines}+{result.setting.trainers}",
             str(result.setting.max_staleness),
-            f"{result.step_seconds:.4g}",
-            f"{compared.over_turns:.2f}",
+            "stopped" if result.stopped else f"{result.step_seconds:.4g}",
+            "" if compared.over_turns is None else f"{compared.over_turns:.2f}",
             "" if compared.over_separate is None else f"{compared.over_separate:.2f}",
             f"{result.engines_idle:.0%}/{result.trainers_idle:.0%}",
             f"{sum(age * share for age, share in result.staleness.items()):.2f}",
