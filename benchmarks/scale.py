@@ -1,6 +1,6 @@
 """Synchronous against asynchronous on 8 to 10,000 accelerators, simulated: a 7B model that writes long answers.
 
-    python benchmarks/scale.py                      # 8, 64, 512, 4096 and 10,000 accelerators: some minutes on one core
+    python benchmarks/scale.py                      # 8, 64, 512, 4096 and 10,000 accelerators: about 5 minutes of one core
     python benchmarks/scale.py --accelerators 8,64  # a few seconds
 
 What it rests on, all of it here and none of it measured on such machines:
@@ -18,8 +18,10 @@ What it rests on, all of it here and none of it measured on such machines:
   AReaL splits them.
 - Engines and trainers that take turns change places for nothing, which favours the synchronous baseline.
 
-The first table is by number of accelerators; the second, on `--skew-at` of them, by how skewed the lengths are and by
-the share that trains. Speed-ups that the peers publish: AReaL 2.77, verl 1.9 to 2.7, ROLL 2.2 to 2.7.
+The first tables are by number of accelerators. The others, on `--vary-at` of them, are by how skewed the lengths are
+and by how many responses a step has for every accelerator, each with several shares that train: what the speed-up hangs
+on.
+Speed-ups that the peers publish: AReaL 2.77, verl 1.9 to 2.7, ROLL 2.2 to 2.7.
 """
 
 from __future__ import annotations
@@ -55,12 +57,12 @@ COSTS = Costs(
 )
 
 
-def workload(sigma: float, steps: int) -> Workload:
+def workload(sigma: float, steps: int, responses: int = RESPONSES_PER_ACCELERATOR) -> Workload:
     """For 8 accelerators; others have proportionally more prompts."""
     return Workload(
         lengths=LogNormal(MEAN, sigma),
         steps=steps,
-        prompts_per_step=8 * RESPONSES_PER_ACCELERATOR // SAMPLES_PER_PROMPT,
+        prompts_per_step=8 * responses // SAMPLES_PER_PROMPT,
         samples_per_prompt=SAMPLES_PER_PROMPT,
         prompt_tokens=1024,
         max_new_tokens=LONGEST,
@@ -70,13 +72,11 @@ def workload(sigma: float, steps: int) -> Workload:
 
 
 def scaled(
-    accelerators: Sequence[int], sigma: float, shares: Sequence[float], staleness: Sequence[int], steps: int
+    work: Workload, accelerators: Sequence[int], *, shares: Sequence[float], staleness: Sequence[int]
 ) -> list[Compared]:
     """The runs of one table."""
     return list(
-        sweep(
-            workload(sigma, steps), COSTS, accelerators=accelerators, shares=shares, staleness=staleness, grown_from=8
-        )
+        sweep(work, COSTS, accelerators=accelerators, shares=shares, staleness=staleness, grown_from=8),
     )
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     """Print the tables, and how fast the scheduling classes were at the largest size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerators", default="8,64,512,4096,10000")
-    parser.add_argument("--skew-at", type=int, default=128)
+    parser.add_argument("--vary-at", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     console = Console()
@@ -92,14 +92,14 @@ def main() -> None:
     largest = None
     start = time.process_time()
     for number in map(int, options.accelerators.split(",")):
-        runs = scaled([number], 1.0, [0.25], [0, 1, 2, 4], options.steps)
+        runs = scaled(workload(1.0, options.steps), [number], shares=[0.25], staleness=[0, 1, 2, 4])
         console.print(table_of(runs, None))
         largest = runs[-1].result
-    for sigma in (0.0, 0.5, 1.0, 1.5):
-        console.print(f"sigma {sigma:g}")
-        console.print(
-            table_of(scaled([options.skew_at], sigma, [0.125, 0.25, 0.375], [0, 1, 4], 2 * options.steps), None)
-        )
+    varied = [(sigma, RESPONSES_PER_ACCELERATOR) for sigma in (0.0, 0.5, 1.0, 1.5)]
+    for sigma, responses in [*varied, *((1.0, responses) for responses in (4, 64, 256))]:
+        console.print(f"sigma {sigma:g}, {responses} responses per accelerator")
+        work = workload(sigma, 2 * options.steps, responses)
+        console.print(table_of(scaled(work, [options.vary_at], shares=[0.125, 0.25, 0.375], staleness=[0, 1, 4]), None))
     if largest is not None:
         print(f"decisions at {largest.setting.accelerators} accelerators, k = {largest.setting.max_staleness}:")
         for who, count in sorted(largest.decisions.calls.items()):

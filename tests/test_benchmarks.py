@@ -35,7 +35,7 @@ def test_a_reward_function_that_often_fails_loses_no_sample_and_leaves_no_proces
 
 def test_the_scenario_of_many_accelerators_gains_from_staleness_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = load("scale", monkeypatch)
-    turns, sync, ahead = benchmark.scaled([8], sigma=1.0, shares=[0.25], staleness=[0, 2], steps=4)
+    turns, sync, ahead = benchmark.scaled(benchmark.workload(1.0, 4), [8], shares=[0.25], staleness=[0, 2])
     assert turns.over_turns == 1.0
     assert sync.over_separate == 1.0
     assert ahead.over_separate > 1.0

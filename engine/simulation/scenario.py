@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import thread_time
@@ -115,13 +115,13 @@ class Decisions:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def __call__(self, who: str, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a method of `who`."""
         start = thread_time()
         result = method(*args, **kwargs)
-        self.seconds[who] += thread_time() - start  # type: ignore[assignment]
+        self.seconds[who] += thread_time() - start
         self.calls[who] += 1
         return result
 
