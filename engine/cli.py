@@ -139,6 +139,60 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of an `rl` run.")
 
 
 @app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="YAML configuration of an `rl` run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    accelerators: Annotated[str | None, typer.Option(help="Numbers of them; by default the configuration's.")] = None,
+    trainers: Annotated[str | None, typer.Option(help="Shares of them that train, as in 0.25,0.5.")] = None,
+    max_staleness: Annotated[str, typer.Option(help="Versions that generation may run ahead.")] = "0,1,2,4",
+    lengths: Annotated[
+        str | None, typer.Option(help="Of responses: lognormal:MEAN:SIGMA, fixed:TOKENS or the folder of a run.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of each prompt; by default the run's mean, or the longest allowed."),
+    ] = None,
+    costs: Annotated[Path | None, typer.Option(help="JSON file with the costs of the phases.")] = None,
+    calibrate: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a run to take costs from; repeatable.")
+    ] = None,
+    grow: Annotated[bool, typer.Option(help="Prompts per step grow with the accelerators.")] = False,
+    keep_cache: Annotated[bool, typer.Option(help="Running samples keep their cache when weights arrive.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each simulated run.")] = 20,
+    failures: Annotated[float, typer.Option(min=0, help="Failures of one accelerator per hour.")] = 0.0,
+    restart: Annotated[float | None, typer.Option(min=0, help="Seconds until what a failed one ran is up.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one accelerator for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Simulate an `rl` run on other numbers of accelerators, synchronous and not: step time, idle time, staleness."""
+    from rich.console import Console
+
+    from engine.simulation.command import Options, run_simulation
+    from engine.simulation.sweep import table_of
+
+    options = Options(
+        accelerators=accelerators,
+        trainers=trainers,
+        max_staleness=max_staleness,
+        lengths=lengths,
+        prompt_tokens=prompt_tokens,
+        costs=costs,
+        calibrate=calibrate or [],
+        grow=grow,
+        keep_cache=keep_cache,
+        steps=steps,
+        failures=failures,
+        restart_s=restart,
+    )
+    found = run_simulation(config, overrides or [], options)
+    if as_json:
+        print(found.to_json(price))
+        return
+    Console().print(table_of(found.runs, price))
+    print("\n".join(found.lines()))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and memory, what is missing and how to mend it."""
     from engine.doctor import diagnose, print_report

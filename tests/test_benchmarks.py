@@ -31,3 +31,12 @@ def test_a_reward_function_that_often_fails_loses_no_sample_and_leaves_no_proces
     assert (outcome.trained, outcome.dropped) == (384, {"reward_error": 12, "reward_timeout": 4})
     assert outcome.incidents == {"reward_error": 24, "reward_timeout": 8}
     assert (outcome.wrong, outcome.processes_left) == (0, 0)
+
+
+def test_the_scenario_of_many_accelerators_gains_from_staleness_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load("scale", monkeypatch)
+    turns, sync, ahead = benchmark.scaled(benchmark.workload(1.0, 4), [8], shares=[0.25], staleness=[0, 2])
+    assert turns.over_turns == 1.0
+    assert sync.over_separate == 1.0
+    assert ahead.over_separate > 1.0
+    assert ahead.result.trained == 4 * 8 * benchmark.RESPONSES_PER_ACCELERATOR

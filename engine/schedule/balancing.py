@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 
 
 def cost_of(tokens: int, hidden_size: int, seen: int = 0) -> int:
@@ -33,11 +34,11 @@ def plan_microbatches(
     costs = costs if costs is not None else [cost_of(length, hidden_size) for length in seq_lens]
     by_length = sorted(range(len(seq_lens)), key=lambda i: (-seq_lens[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    cost = [0] * ranks
+    least = [(0, rank) for rank in range(ranks)]  # a heap of (cost, rank)
     for sample in by_length:
-        rank = min(range(ranks), key=cost.__getitem__)
+        cost, rank = least[0]
         shares[rank].append(sample)
-        cost[rank] += costs[sample]
+        heapreplace(least, (cost + costs[sample], rank))
     plan = [_pack(share, seq_lens, token_budget) for share in shares]
     most = max(1, *map(len, plan))
     return [bins + [[] for _ in range(most - len(bins))] for bins in plan]
