@@ -152,12 +152,14 @@ def simulate(
         int | None,
         typer.Option(min=1, help="Length of each prompt; by default the run's mean, or the longest allowed."),
     ] = None,
+    accelerator: Annotated[
+        str | None, typer.Option(help="Whose costs are estimated where none are given, as in `gnomon plan`.")
+    ] = None,
     costs: Annotated[Path | None, typer.Option(help="JSON file with the costs of the phases.")] = None,
     calibrate: Annotated[
         list[Path] | None, typer.Option(help="Folder of a run to take costs from; repeatable.")
     ] = None,
     grow: Annotated[bool, typer.Option(help="Prompts per step grow with the accelerators.")] = False,
-    keep_cache: Annotated[bool, typer.Option(help="Running samples keep their cache when weights arrive.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each simulated run.")] = 20,
     failures: Annotated[float, typer.Option(min=0, help="Failures of one accelerator per hour.")] = 0.0,
     restart: Annotated[float | None, typer.Option(min=0, help="Seconds until what a failed one ran is up.")] = None,
@@ -179,7 +181,7 @@ def simulate(
         costs=costs,
         calibrate=calibrate or [],
         grow=grow,
-        keep_cache=keep_cache,
+        accelerator=accelerator,
         steps=steps,
         failures=failures,
         restart_s=restart,

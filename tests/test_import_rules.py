@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine.algorithms": ("engine.algorithms",),
     "engine.schedule": ("engine.schedule",),
     **{part: (*GROUND, part) for part in PARTS},
-    "engine.simulation": (*GROUND, "engine.config_file", "engine.tracking", "engine.simulation"),
+    "engine.simulation": (*GROUND, "engine.config_file", "engine.preflight", "engine.tracking", "engine.simulation"),
     "engine.roles": (*GROUND, *PARTS),
     "actors": (*GROUND, *PARTS, "engine.roles", "actors"),
 }

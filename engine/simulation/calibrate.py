@@ -32,7 +32,7 @@ from engine.schedule.balancing import plan_microbatches
 from engine.schedule.costs import Costs
 from engine.simulation.lengths import Recorded, recorded_steps
 from engine.simulation.loop import LINEAR, simulate
-from engine.simulation.scenario import Setting, Workload, scoring_passes
+from engine.simulation.scenario import Setting, Workload, computed_tokens, scoring_passes
 from engine.tracking.jsonl import read_rows
 from engine.tracking.run_folder import METRICS
 
@@ -92,10 +92,10 @@ def fit(runs: Sequence[RecordedRun]) -> Costs:
     for config, step in steps:
         for key in ("time/update", "time/critic_update"):
             if key in step.metrics:
-                tokens = _fullest(step, config.policy.ranks) * config.rl.epochs_per_step
+                tokens = _fullest(step, config, config.policy.ranks) * config.rl.epochs_per_step
                 updates.append(([config.updates_per_step, tokens], step.metrics[key]))
         passes += [
-            ([_fullest(step, ranks)], step.metrics[f"time/{name}"])
+            ([_fullest(step, config, ranks)], step.metrics[f"time/{name}"])
             for name, ranks in scoring_passes(config).items()
             if f"time/{name}" in step.metrics
         ]
@@ -215,8 +215,9 @@ def _engine_steps(lengths: Sequence[int], slots: int) -> float:
     return float(max(ends))
 
 
-def _fullest(step: Step, ranks: int) -> int:
+def _fullest(step: Step, config: Config, ranks: int) -> int:
     """Tokens of the rank that has most."""
-    lens = [prompt + n for prompt, n in zip(step.prompts, step.lengths, strict=True)]
+    samples = config.rl.samples_per_prompt
+    lens = [computed_tokens(prompt, n, samples) for prompt, n in zip(step.prompts, step.lengths, strict=True)]
     plan = plan_microbatches(lens, ranks=ranks, token_budget=sum(lens), hidden_size=LINEAR)
     return max(sum(lens[i] for micro in share for i in micro) for share in plan)

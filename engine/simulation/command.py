@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from engine.config import Config, UserError
 from engine.config_file import load_config
+from engine.preflight import Options as PlanOptions
+from engine.preflight import examine
 from engine.schedule.costs import Costs
 from engine.simulation.calibrate import Check, checks, fit, read_run, setting_of
 from engine.simulation.lengths import FORMS, parse_lengths
@@ -29,10 +31,10 @@ class Options:
     max_staleness: str
     lengths: str | None
     prompt_tokens: int | None
+    accelerator: str | None
     costs: Path | None
     calibrate: Sequence[Path]
     grow: bool
-    keep_cache: bool
     steps: int
     failures: float
     restart_s: float | None
@@ -91,11 +93,9 @@ def run_simulation(config_path: Path, overrides: Sequence[str], options: Options
         raise UserError(f"--lengths: is required: {FORMS}")
     lengths, recorded_prompt = parse_lengths(options.lengths)
     prompt_tokens = options.prompt_tokens or recorded_prompt or config.max_prompt_tokens
-    costs, found = _costs(config, options)
+    costs, found = _costs(config_path, overrides, options)
     own = setting_of(config)
-    workload = Workload.of(
-        config, lengths, prompt_tokens=prompt_tokens, steps=options.steps, recompute=not options.keep_cache
-    )
+    workload = Workload.of(config, lengths, prompt_tokens=prompt_tokens, steps=options.steps)
     share = config.policy.ranks / (config.policy.ranks + config.rollout.engines)
     runs = sweep(
         workload,
@@ -110,8 +110,8 @@ def run_simulation(config_path: Path, overrides: Sequence[str], options: Options
     return Simulated(list(runs), costs, found, prompt_tokens)
 
 
-def _costs(config: Config, options: Options) -> tuple[Costs, list[Check]]:
-    """From a file or from runs, and in the latter case how well they foretell each other."""
+def _costs(config_path: Path, overrides: Sequence[str], options: Options) -> tuple[Costs, list[Check]]:
+    """From a file, from runs (and how well they foretell each other), or as `gnomon plan` estimates them."""
     if options.costs is not None and options.calibrate:
         raise UserError("--costs, --calibrate: both say what the phases cost; give one of them")
     if options.costs is not None:
@@ -119,8 +119,15 @@ def _costs(config: Config, options: Options) -> tuple[Costs, list[Check]]:
     if options.calibrate:
         recorded = [read_run(folder) for folder in options.calibrate]
         return fit(recorded), checks(recorded)
-    # THE PLACE for estimated costs: `costs_of(config, accelerator)` of engine/step_time.py, instead of this error.
-    raise UserError("--costs: is required: a JSON file with the costs of the phases; or --calibrate with runs")
+    alone = [*overrides, "policy.ranks=1", "critic.ranks=1", "rollout.engines=1"]  # costs are those of one of each
+    planned = examine(config_path, alone, PlanOptions(accelerator=options.accelerator, rows=False))
+    [stage] = planned.stages.values()
+    if stage.costs is None:
+        raise UserError(
+            "--costs: cannot be estimated (`gnomon plan` says why): give a JSON file with the costs of the phases, or "
+            "--calibrate with runs"
+        )
+    return stage.costs, []
 
 
 def read_costs(path: Path) -> Costs:

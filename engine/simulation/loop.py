@@ -28,7 +28,7 @@ from engine.schedule.incidents import Incident, IncidentBudget
 from engine.schedule.ledger import SampleLedger
 from engine.schedule.staleness import Staleness
 from engine.simulation.engines import Engine
-from engine.simulation.scenario import Decisions, Failures, Result, Setting, Workload
+from engine.simulation.scenario import Decisions, Failures, Result, Setting, Workload, computed_tokens
 
 LINEAR = 10**9
 """Hidden size with which `plan_microbatches` balances tokens: what `Costs` says of training is per token."""
@@ -193,7 +193,8 @@ class _Run:
         numbers = self.decide("Admission", self.admission.take)
         self._count_ages(numbers)
         workload, costs, ranks = self.workload, self.costs, self.setting.trainers
-        lens = [workload.prompt_tokens + length for number in numbers for length in self.groups[number].lengths]
+        prompt, samples = workload.prompt_tokens, workload.samples_per_prompt
+        lens = [computed_tokens(prompt, n, samples) for number in numbers for n in self.groups[number].lengths]
         plan = self.decide(
             "plan_microbatches", plan_microbatches, lens, ranks=ranks, token_budget=sum(lens), hidden_size=LINEAR
         )

@@ -39,7 +39,7 @@ class Workload:
     """Samples that run while weights arrive are read again under the new ones."""
 
     @staticmethod
-    def of(config: Config, lengths: Lengths, *, prompt_tokens: int, steps: int, recompute: bool = True) -> Workload:
+    def of(config: Config, lengths: Lengths, *, prompt_tokens: int, steps: int) -> Workload:
         """That of an `rl` run. All models train and score on the policy's ranks."""
         models = 2 if config.algorithm.needs_critic else 1
         return Workload(
@@ -54,8 +54,13 @@ class Workload:
             training_passes=models * config.rl.epochs_per_step,
             updates=models * config.updates_per_step,
             checkpoint_every=config.checkpoint.every,
-            recompute=recompute,
+            recompute=config.rollout.on_new_weights == "recompute",
         )
+
+
+def computed_tokens(prompt: int, length: int, samples: int) -> int:
+    """A sample's tokens in a pass, whose group of so many samples shares the prompt."""
+    return length + -(-prompt // samples)
 
 
 def scoring_passes(config: Config) -> dict[str, int]:

@@ -14,7 +14,7 @@ from engine.schedule.balancing import plan_microbatches
 from engine.schedule.costs import Costs
 from engine.simulation.engines import Engine
 
-SAMPLES, RANKS = 4, 2
+SAMPLES, RANKS, PROMPT = 4, 2, 52
 
 
 def raw_config(**rollout: Any) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def write_run(folder: Path, costs: Costs, *, mean: float, steps: int = 6, seed: 
     metrics, events = [], []
     for step in range(1, steps + 1):
         lengths = random.lognormal(math.log(mean), 0.6, groups * SAMPLES).clip(1, 2000).astype(int).tolist()
-        prompts = [50] * len(lengths)
+        prompts = [PROMPT] * len(lengths)
         rollout_s = max(_generation_s(costs, slots, lengths, range(e, groups, engines)) for e in range(engines))
         phases = {
             "time/rollout": rollout_s + costs.reward_s,
-            "time/reference": costs.forward_token_s * (sum(lengths) + sum(prompts)),
-            "time/update": costs.update_s + costs.train_token_s * _fullest([50 + n for n in lengths]),
+            "time/reference": costs.forward_token_s * (sum(lengths) + groups * PROMPT),
+            "time/update": costs.update_s + costs.train_token_s * _fullest([PROMPT // SAMPLES + n for n in lengths]),
             "time/publish": costs.publish_s,
         }
         cold = 30.0 if step == 1 else 0.0
@@ -62,7 +62,7 @@ def write_run(folder: Path, costs: Costs, *, mean: float, steps: int = 6, seed: 
 def _generation_s(costs: Costs, slots: int, lengths: list[int], groups: range) -> float:
     engine, end = Engine(costs, slots), 0.0
     for group in groups:
-        engine.give(0.0, group, 50, lengths[group * SAMPLES : (group + 1) * SAMPLES])
+        engine.give(0.0, group, PROMPT, lengths[group * SAMPLES : (group + 1) * SAMPLES])
     while (time := engine.next_finish()) < math.inf:
         end = time
         engine.finish()

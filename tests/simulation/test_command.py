@@ -92,7 +92,7 @@ def test_lengths_and_costs_come_from_runs(simulate, config: Path) -> None:
         write_run(config.parent / f"run{i}", COSTS, mean=mean, seed=i)
     found = simulate("--lengths", "run0", "--calibrate", "run0", "--calibrate", "run1", "--max-staleness", "0")
     assert found.code == 0, found.err
-    assert "prompts of 50 tokens" in found.out
+    assert "prompts of 52 tokens" in found.out
     assert found.out.count("s/step predicted") == 2
 
 
@@ -104,7 +104,7 @@ def with_costs(**changes: object) -> str:
     ("options", "message"),
     [
         ((), "--lengths: is required"),
-        (("--lengths", "fixed:9"), "--costs: is required"),
+        (("--lengths", "fixed:9"), "--costs: cannot be estimated"),
         (("--costs", "costs.json", "--calibrate", "run0", "--lengths", "fixed:9"), "give one of them"),
         (("--costs", "no.json", "--lengths", "fixed:9"), "no.json cannot be read"),
         (("--costs", "negative.json", "--lengths", "fixed:9"), "update_s must be seconds, 0 or more, not -1"),

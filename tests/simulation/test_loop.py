@@ -66,17 +66,17 @@ def test_the_same_seed_gives_the_same_run(failures: Failures | None) -> None:
 
 
 def fixed_step(engines: int, trainers: int) -> tuple[float, float]:
-    """(generation and scoring, scoring passes and update) of 8 groups of 4 samples of 100 tokens, prompts of 50."""
+    """(generation and scoring, scoring passes and update) of 8 groups of 4 samples of 100 tokens, prompts of 52."""
     samples = 8 * 4 // engines
-    reading = 8 // engines * 50 * COSTS.prefill_token_s
-    per_step = COSTS.decode_step_s + samples * COSTS.decode_sample_s + samples * 50 * COSTS.decode_context_s
+    reading = 8 // engines * 52 * COSTS.prefill_token_s
+    per_step = COSTS.decode_step_s + samples * COSTS.decode_sample_s + samples * 52 * COSTS.decode_context_s
     growing = COSTS.decode_context_s * samples * 100 * 99 / 2
-    tokens = 8 * 4 * (50 + 100) / trainers
+    tokens = 8 * (52 + 4 * 100) / trainers
     training = COSTS.update_s + tokens * (COSTS.forward_token_s + COSTS.train_token_s)
     return reading + 100 * per_step + growing + COSTS.reward_s, training
 
 
-FIXED = workload(lengths=Fixed(100), scoring_passes=1, concurrent_samples=32, steps=20)
+FIXED = workload(lengths=Fixed(100), prompt_tokens=52, scoring_passes=1, concurrent_samples=32, steps=20)
 
 
 @pytest.mark.parametrize("setting", [Setting(4, 2), Setting(4, 4, turns=True)])
@@ -100,7 +100,7 @@ def test_an_asynchronous_step_takes_as_long_as_the_slower_of_the_two_roles(train
     costs = replace(COSTS, train_token_s=train_token_s, forward_token_s=0.0, publish_s=0.0, reward_s=0.0)
     fixed = replace(FIXED, steps=60, concurrent_samples=8, recompute=False)
     generate = simulate(fixed, Setting(4, 2), replace(costs, train_token_s=0.0, update_s=0.0)).step_seconds
-    train = costs.update_s + 8 * 4 * 150 / 2 * train_token_s
+    train = costs.update_s + 8 * (52 + 4 * 100) / 2 * train_token_s
     result = simulate(fixed, Setting(4, 2, max_staleness=2), costs)
     assert result.seconds >= 60 * max(generate, train)
     assert result.step_seconds <= 1.05 * max(generate, train)
