@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -164,11 +165,12 @@ class RolloutGroup:
         if not serving:
             return
         shares: dict[int, list[_Asked]] = {rank: [] for rank in serving}
-        tokens = {rank: sum(asked.tokens for asked in self._held[rank].values()) for rank in serving}
+        least = [(sum(asked.tokens for asked in self._held[rank].values()), rank) for rank in serving]
+        heapify(least)
         now = time.monotonic()
         for asked in self._waiting:
-            rank = min(serving, key=tokens.__getitem__)
-            tokens[rank] += asked.tokens
+            tokens, rank = least[0]
+            heapreplace(least, (tokens + asked.tokens, rank))
             shares[rank].append(_Asked(asked.request, asked.settings, now))
         self._waiting = []
         for rank, share in shares.items():  # held before they are sent: whatever fails now, none is lost
