@@ -629,7 +629,7 @@ class TimeoutsConfig(Section):
     start: Positive = 600.0
     """Until the cluster has reserved the actors' resources, and until every actor has loaded its model."""
     generate: Positive = 1800.0
-    """Until all samples of a step are generated, and until all are scored."""
+    """Until a prompt that an engine was given is answered in full, and until a group is scored."""
     update: Positive = 3600.0
     """Until a step's log-probabilities are computed, and until its optimizer updates are done."""
     publish: Positive = 600.0
