@@ -221,6 +221,17 @@ class _Peft(AdaptedModel):
 class _Factors(_Peft):
     """LoRA (with DoRA and rsLoRA) and IA3."""
 
+    def __init__(self, model: PreTrainedModel, config: PeftConfig) -> None:
+        super().__init__(model, config)
+        self._named: dict[str, nn.Parameter] = {}
+
+    def adapter_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """peft's names are looked up once: that takes longer than to copy the factors."""
+        if not self._named:
+            parameters = {p.data_ptr(): p for p in self._peft.parameters() if p.requires_grad}
+            self._named = {name: parameters[tensor.data_ptr()] for name, tensor in super().adapter_weights()}
+        yield from ((name, parameter.detach()) for name, parameter in self._named.items())
+
     @torch.no_grad()
     def merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in _merged_weights(self.model, "", set()):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 class UnreachableError(RuntimeError):
@@ -37,6 +38,8 @@ class Segment:
         self._memory = mmap.mmap(self._file, size)
         self.bytes = np.frombuffer(self._memory, np.uint8)
         """[size] uint8, to be written."""
+        self.tensor = torch.from_numpy(self.bytes)
+        """The same memory."""
         self.address = Address(f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino, size)
 
     def __del__(self) -> None:

@@ -92,8 +92,8 @@ class Trainer:
         self.model, self.adapter = trainable.model, trainable.adapter
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(trained, config.optimizer)
+        self._trained = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(self._trained, config.optimizer)
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config=config.optimizer, updates=updates))
         self.engine, *_ = deepspeed.initialize(
             model=trainable.module,
@@ -170,7 +170,7 @@ class Trainer:
     def adapter_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The adapter's tensors under peft's names. With ZeRO-3 a collective: run it on all ranks."""
         assert self.adapter is not None
-        with self.gathered([p for p in self.model.parameters() if p.requires_grad]):
+        with self.gathered(self._trained):
             yield from self.adapter.adapter_weights()
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

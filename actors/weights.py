@@ -143,7 +143,7 @@ class Publisher:
                 number, size, entries = number + 1, 0, []
                 self._make_room(number, num_bytes)
             entry = Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), size, num_bytes)
-            entry.of(torch.from_numpy(self._segments[number].bytes)).copy_(tensor.detach())
+            entry.of(self._segments[number].tensor).copy_(tensor.detach())
             entries.append(entry)
             size = min(size + -(-num_bytes // 8) * 8, self._segments[number].address.size)  # any type starts at 8 n
         if entries:
