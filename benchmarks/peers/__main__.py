@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -259,6 +260,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the pairs and print the tables."""
     given = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a side's processes are ended on the way out
     folder: Path = given.folder or Path(tempfile.mkdtemp(prefix="peers-"))
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: value for name in ("steps", "target") if (value := getattr(given, name)) is not None}
@@ -292,7 +294,7 @@ def main() -> None:
     for side, name in zip(SIDES, ("Gnomon", "TRL"), strict=True):
         if runs[side]:
             print(f"\n{name}, where a step's time goes\n\n{phases(task, runs[side])}\n")
-            print(f"{name}, busy cores: {busy(task, runs[side])}")
+            print(f"{name}, busy cores ('others': the rest of the machine): {busy(task, runs[side])}")
     if runs["gnomon"]:
         print(f"\nGnomon, {efficiency(task, runs['gnomon'])}")
     print(f"\nrecords: {folder}")
