@@ -111,8 +111,8 @@ WORKLOADS = {
         max_length=160,
     ),
     "learn-tiny": Workload(
-        "grpo", "tiny", steps=40, warmup=3, rows_per_step=8, make_rows=prompts(8, 16), max_new_tokens=16,
-        max_length=192, learning_rate=3e-3, target=0.6,
+        "grpo", "tiny", steps=60, warmup=3, rows_per_step=8, make_rows=prompts(8, 16), max_new_tokens=16,
+        max_length=192, learning_rate=1e-2, target=0.5,
     ),
     "learn-135m": Workload(
         "grpo", REAL_MODEL, steps=24, warmup=1, rows_per_step=8, make_rows=sums, max_new_tokens=6, max_length=64,
