@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks.peers import flops, gnomon_side, measure
-from benchmarks.peers.record import Run, seconds_to, speed
+from benchmarks.peers.record import Run, reached, seconds_to, speed
 from benchmarks.peers.tables import Spread, comparison, shown, table
 from benchmarks.peers.workloads import WORKLOADS, Workload, write_rows
 
@@ -146,6 +146,10 @@ def compare(task: Task, runs: dict[str, list[Measured]]) -> str:
             f"s from start of training to mean reward {workload.target:g} (last {workload.window} steps)",
             {s: [seconds_to(m.run, workload.target, window=workload.window) for m in runs[s]] for s in SIDES},
         )
+        add(
+            "steps until then",
+            {s: [reached(m.run.steps, workload.target, window=workload.window) for m in runs[s]] for s in SIDES},
+        )
     add("start of the process to start of training, s", {s: [start_s(m.run) for m in runs[s]] for s in SIDES})
     for what in ("pss", "uss"):
         values = {side: [m.watch.peak(what) / 2**30 for m in runs[side]] for side in SIDES}
@@ -194,9 +198,14 @@ def phases(task: Task, runs: list[Measured]) -> str:
     return table(["part", "s per step", "share"], rows)
 
 
-def busy(task: Task, runs: list[Measured]) -> str:
-    """Cores that were busy over the measured steps, by process; below a hundredth is left out."""
-    cores = [m.watch.cores(m.run.steps[task.workload.warmup].began_at, m.run.steps[-1].ended_at) for m in runs]
+def cores_of(task: Task, runs: list[Measured]) -> list[dict[str, float]]:
+    """Busy cores over the measured steps of each run, by process."""
+    warmup = task.workload.warmup
+    return [m.watch.cores(m.run.steps[warmup].began_at, m.run.steps[-1].ended_at) for m in runs]
+
+
+def busy(cores: list[dict[str, float]]) -> str:
+    """Medians; below a hundredth is left out."""
     names = dict.fromkeys(name for each in cores for name in each)
     spreads = {name: Spread.of([each.get(name, 0.0) for each in cores]) for name in names}
     return ", ".join(f"{name} {spread.median:.2f}" for name, spread in spreads.items() if spread.median >= 0.01)
@@ -294,7 +303,10 @@ def main() -> None:
     for side, name in zip(SIDES, ("Gnomon", "TRL"), strict=True):
         if runs[side]:
             print(f"\n{name}, where a step's time goes\n\n{phases(task, runs[side])}\n")
-            print(f"{name}, busy cores ('others': the rest of the machine): {busy(task, runs[side])}")
+            cores = cores_of(task, runs[side])
+            print(f"{name}, busy cores ('others': the rest of the machine): {busy(cores)}")
+            if not measure.quiet(cores):
+                print("NOT QUIET: others kept a tenth of a core or more busy meanwhile; measure again")
     if runs["gnomon"]:
         print(f"\nGnomon, {efficiency(task, runs['gnomon'])}")
     print(f"\nrecords: {folder}")

@@ -81,6 +81,11 @@ class Watch:
         return used | {"others": max(0.0, machine - sum(used.values()))}
 
 
+def quiet(cores: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the rest of the machine kept less than a tenth of a core busy in each of these spans."""
+    return all(each.get("others", 0.0) < 0.1 for each in cores)
+
+
 def tree(root: psutil.Process) -> list[psutil.Process]:
     """A process and everything below it."""
     try:

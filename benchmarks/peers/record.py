@@ -91,12 +91,17 @@ def speed(steps: Sequence[Step], *, warmup: int) -> Speed:
     )
 
 
-def seconds_to(run: Run, target: float, *, window: int) -> float | None:
-    """Seconds from the start of training to the end of the first step at which the mean reward of the last `window`
-    steps is at least `target`; None if it never is."""
-    rewards = [step.reward for step in run.steps]
-    for last in range(window - 1, len(rewards)):
-        seen = [reward for reward in rewards[last - window + 1 : last + 1] if reward is not None]
+def reached(steps: Sequence[Step], target: float, *, window: int) -> int | None:
+    """The first step, counted from 1, at which the mean reward of the last `window` steps is at least `target`."""
+    rewards = [step.reward for step in steps]
+    for last in range(window, len(rewards) + 1):
+        seen = [reward for reward in rewards[last - window : last] if reward is not None]
         if len(seen) == window and sum(seen) / window >= target:
-            return run.steps[last].ended_at - run.training_at
+            return last
     return None
+
+
+def seconds_to(run: Run, target: float, *, window: int) -> float | None:
+    """Seconds from the start of training to the end of the step at which the target is reached; None if it never is."""
+    step = reached(run.steps, target, window=window)
+    return None if step is None else run.steps[step - 1].ended_at - run.training_at

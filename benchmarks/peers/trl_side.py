@@ -56,7 +56,8 @@ def settings_of(workload: Workload) -> dict[str, Any]:
                 "shuffle_dataset": False,
             }
         case "sft":
-            settings |= {"max_length": workload.max_length, "train_sampling_strategy": "sequential"}
+            # One row without padding; no row is longer than the workload's limit, which TRL does not cut to here.
+            settings |= {"padding_free": True, "max_length": None, "train_sampling_strategy": "sequential"}
         case "dpo":
             settings |= {
                 "max_length": workload.max_length,

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.efficiency import anatomies, arithmetic, report
 from benchmarks.peers import flops, rewards
 from benchmarks.peers.gnomon_side import configuration, from_rows
-from benchmarks.peers.measure import Usage, Watch
-from benchmarks.peers.record import Run, Step, seconds_to, speed
+from benchmarks.peers.measure import Usage, Watch, quiet
+from benchmarks.peers.record import Run, Step, reached, seconds_to, speed
 from benchmarks.peers.tables import Spread, comparison, ratios, shown, table
 from benchmarks.peers.trl_side import settings_of
 from benchmarks.peers.workloads import SEED, WORKLOADS, write_rows
@@ -94,6 +94,7 @@ def test_time_to_a_target_counts_from_the_start_of_training():
     assert seconds_to(run, 0.5, window=2) == 2.0 + 3.0
     assert seconds_to(run, 0.7, window=2) == 2.0 + 5.0
     assert seconds_to(run, 0.9, window=2) is None
+    assert (reached(run.steps, 0.5, window=2), reached(run.steps, 0.9, window=2)) == (3, None)
 
 
 def test_a_record_survives_being_written(tmp_path):
@@ -128,6 +129,11 @@ def test_cores_are_cpu_seconds_over_the_span():
     assert watch.cores(1.0, 3.0) == {"Policy": 1.5, "others": 0.25}
     assert watch.cores(2.0, 2.0) == {}
     assert watch.peak("pss") == 4
+
+
+def test_a_machine_that_others_use_is_told_of():
+    assert quiet([{"Policy": 1.9, "others": 0.04}, {}])
+    assert not quiet([{"Policy": 1.9, "others": 0.04}, {"Policy": 1.0, "others": 0.3}])
 
 
 def test_flops_are_those_of_the_matrices():
