@@ -1,5 +1,6 @@
 # Set-up and checks. `make quickstart` and `make test` need Python 3.11 or newer with its headers, a C compiler and make.
-# ARGS goes to the command: make quickstart ARGS='seed=1 name=quickstart-1'; make test ARGS='-k tracking'.
+# ARGS goes to the command: make quickstart ARGS='seed=1 name=quickstart-1'; make test ARGS='-k tracking';
+# make benchmark ARGS='grpo-tiny --repeats 5'.
 
 PYTHON ?= python3
 ARGS ?=
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test chaos check clean
+.PHONY: quickstart test chaos benchmark check clean
 
 quickstart: $(STAMP)
 	@test -d $(MODEL) || $(BIN)/python examples/quickstart/model.py $(MODEL)
@@ -20,6 +21,9 @@ test: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+benchmark: $(STAMP)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check
