@@ -45,14 +45,17 @@ class PackedRow:
     """[B] int64: trained tokens of each sample."""
 
     @staticmethod
-    def of(batch: Batch, device: torch.device, *, share: bool = True) -> PackedRow:
-        """Pack a batch. An empty one becomes a single token without a target, so that every rank runs a pass."""
+    def of(batch: Batch, device: torch.device, *, hidden_size: int | None = None) -> PackedRow:
+        """Pack a batch. An empty one becomes a single token without a target, so that every rank runs a pass.
+
+        `hidden_size` is the model's, which decides where sharing pays; None shares nothing.
+        """
         if len(batch) == 0:
             batch = Batch.offline(np.zeros(1, np.int32), np.ones(1, np.int32), np.zeros(1, bool), np.zeros(1, np.int64))
             response_lens = np.zeros(0, np.int64)
         else:
             response_lens = batch.response_lens
-        layout = _Layout.of(batch, share=share)
+        layout = _Layout.of(batch, hidden_size)
         trained = np.flatnonzero(batch.loss_mask)
         assert (layout.position_of[trained] > 0).all(), "a sample's first token has no predictor and cannot be trained"
 
@@ -103,9 +106,9 @@ class _Layout:
         return len(self.kept) < len(self.place_of)
 
     @staticmethod
-    def of(batch: Batch, *, share: bool) -> _Layout:
+    def of(batch: Batch, hidden_size: int | None) -> _Layout:
         lens = batch.seq_lens.tolist()
-        prefixes = shared_prefixes(batch) if share else [0] * len(lens)
+        prefixes = [0] * len(lens) if hidden_size is None else shared_prefixes(batch, hidden_size)
         place_of = np.zeros(len(batch.tokens), np.int64)
         kept, query_lens, keys = [], [], []
         start = place = 0

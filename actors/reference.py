@@ -19,13 +19,16 @@ class ReferenceActor(FrozenActor):
 
     def make(self) -> nn.Module:
         """The starting model and its packed log-probs."""
-        packed = PackedModel(load_language_model(self.config))
+        model = load_language_model(self.config)
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
+        packed = PackedModel(model)
         return PackedLogProbs(packed, temperature=self.config.rollout.temperature)
 
     @torch.inference_mode()
     def logprobs(self, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """Log-probs of the trained tokens, one [R] float32 per micro-batch."""
-        return [self.module(PackedRow.of(batch, self.device))[0].float().cpu().numpy() for batch in microbatches]
+        rows = [PackedRow.of(batch, self.device, hidden_size=self.hidden_size) for batch in microbatches]
+        return [self.module(row)[0].float().cpu().numpy() for row in rows]
 
 
 class ReferenceGroup(FrozenGroup):

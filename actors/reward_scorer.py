@@ -42,6 +42,7 @@ class RewardScorerActor(FrozenActor):
         self.process = self.record["kind"] == "process"
         self.tokenizer = AutoTokenizer.from_pretrained(self.source.path)
         model = load_scoring_model(self.config, self.source.path, per_token=self.process, heads=None)
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
         return PackedScores(PackedModel(model))
 
     @torch.inference_mode()
@@ -51,7 +52,9 @@ class RewardScorerActor(FrozenActor):
 
     def _scores(self, batch: Batch) -> list[np.ndarray]:
         marked = replace(batch, loss_mask=self._marks(batch))
-        score_S = self.module(PackedRow.of(marked, self.device))[:, 0].float().cpu().numpy()
+        score_S = (
+            self.module(PackedRow.of(marked, self.device, hidden_size=self.hidden_size))[:, 0].float().cpu().numpy()
+        )
         if self.process:
             per_sample = np.split(1 / (1 + np.exp(-score_S)), np.cumsum(marked.response_lens)[:-1])
             return [_joined(chances, self.source.steps).astype(np.float32) for chances in per_sample]

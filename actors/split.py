@@ -35,7 +35,7 @@ class Split:
         Samples of one group stay together as far as the budget allows, since what they begin with is then computed
         once (`share`); `whole_groups` keeps them together in any case and raises the budget to the largest group.
         """
-        prefixes = shared_prefixes(batch) if share else [0] * len(batch)
+        prefixes = shared_prefixes(batch, hidden_size) if share else [0] * len(batch)
         lens = batch.seq_lens.tolist()
         units = batch.groups() if whole_groups else _units(batch, prefixes, ranks=ranks, token_budget=token_budget)
         sizes = [_tokens(unit, lens, prefixes) for unit in units]

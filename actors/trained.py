@@ -120,7 +120,8 @@ class TrainedActor(ABC):
 
     def row(self, batch: Batch) -> PackedRow:
         """A micro-batch as the model takes it."""
-        return PackedRow.of(batch, self.trainer.device, share=not self.config.model.adapter.virtual)
+        hidden_size = None if self.config.model.adapter.virtual else self.hidden_size()
+        return PackedRow.of(batch, self.trainer.device, hidden_size=hidden_size)
 
     def hidden_size(self) -> int:
         """Width of the model, for the cost of a sample."""

@@ -20,6 +20,8 @@ from actors.split import Split
 from engine.data.batch import Batch
 
 CPU = torch.device("cpu")
+WIDE = 4096
+"""As if the model were so wide that sharing always pays."""
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -56,7 +58,7 @@ def result(module: Any, row: PackedRow) -> tuple[torch.Tensor, list[torch.Tensor
 
 
 def assert_the_same(module: Any, batch: Batch, *, saves: int) -> None:
-    shared, alone = PackedRow.of(batch, CPU), PackedRow.of(batch, CPU, share=False)
+    shared, alone = PackedRow.of(batch, CPU, hidden_size=WIDE), PackedRow.of(batch, CPU)
     assert alone.tokens.numel() - shared.tokens.numel() == saves
     (values, gradients), (expected, theirs) = result(module, shared), result(module, alone)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)  # norms are computed in float32
@@ -108,7 +110,7 @@ def test_the_varlen_kernel_is_told_which_keys_each_segment_sees(monkeypatch: pyt
     batch = batch_of([(5, [3, 1, 40]), (4, [2])])
     ours = PackedLogProbs(PackedModel(model_of(RAGGED_VARLEN)), temperature=1.0)
     theirs = PackedLogProbs(PackedModel(model_of(RAGGED_SDPA)), temperature=1.0)
-    row = PackedRow.of(batch, CPU)
+    row = PackedRow.of(batch, CPU, hidden_size=WIDE)
     torch.testing.assert_close(ours(row)[0], theirs(row)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -121,16 +123,16 @@ def test_the_varlen_kernel_is_told_which_keys_each_segment_sees(monkeypatch: pyt
 @settings(max_examples=100, deadline=None)
 def test_no_row_exceeds_the_budget_and_no_sample_is_lost(groups: list[tuple[int, list[int]]], ranks: int) -> None:
     batch = batch_of(groups)
-    shares = Split.of(batch, ranks=ranks, token_budget=64, hidden_size=8).shares()
+    shares = Split.of(batch, ranks=ranks, token_budget=64, hidden_size=WIDE).shares()
     assert len({len(share) for share in shares}) == 1
-    assert max(PackedRow.of(micro, CPU).tokens.numel() for share in shares for micro in share) <= 64
+    assert max(PackedRow.of(micro, CPU, hidden_size=WIDE).tokens.numel() for share in shares for micro in share) <= 64
     assert sorted(int(i) for share in shares for micro in share for i in micro.sample_ids) == list(range(len(batch)))
 
 
 def test_one_rank_computes_each_prompt_once_and_several_ranks_share_the_work() -> None:
     batch = batch_of([(50, [10] * 8), (50, [10] * 8)])
-    [[micro]] = Split.of(batch, ranks=1, token_budget=4096, hidden_size=8).shares()
-    assert PackedRow.of(micro, CPU).tokens.numel() == 2 * (50 + 80)
-    shares = Split.of(batch, ranks=4, token_budget=4096, hidden_size=8).shares()
-    sizes = [sum(PackedRow.of(micro, CPU).tokens.numel() for micro in share) for share in shares]
+    [[micro]] = Split.of(batch, ranks=1, token_budget=4096, hidden_size=WIDE).shares()
+    assert PackedRow.of(micro, CPU, hidden_size=WIDE).tokens.numel() == 2 * (50 + 80)
+    shares = Split.of(batch, ranks=4, token_budget=4096, hidden_size=WIDE).shares()
+    sizes = [sum(PackedRow.of(micro, CPU, hidden_size=WIDE).tokens.numel() for micro in share) for share in shares]
     assert max(sizes) < 2 * min(sizes)
