@@ -42,12 +42,16 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (norms, biases) do not. Their order is that of `TrainerState`."""
+    """AdamW in one pass over memory; matrices decay, vectors (norms, biases) do not.
+
+    Their order is that of `TrainerState`.
+    """
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+    held = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(held, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def learning_rate_factor(update: int, *, config: OptimizerConfig, updates: int) -> float:
