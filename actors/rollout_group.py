@@ -289,13 +289,14 @@ class RolloutGroup:
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
                 self._lose(error)
             except RaisedError as error:
-                # A bit lost, or all of it with its node, or an engine that is on another machine than the policy.
-                if not isinstance(error.__cause__, ChecksumError | RayError | UnreachableError):
+                elsewhere = isinstance(error.__cause__, UnreachableError)  # than the policy's machine
+                if not elsewhere and not isinstance(error.__cause__, ChecksumError | RayError):  # a bit lost, or a node
                     raise
                 calls = {ref: rank for ref, rank in calls.items() if rank != error.rank}
-                if isinstance(error.__cause__, UnreachableError) and not self._spread:
-                    self._spread = True
-                else:
+                self._spread = self._spread or elsewhere
+                if elsewhere and snapshot.copies:
+                    continue  # another engine had the same to say
+                if not elsewhere:
                     name = self.workers.rank_name(error.rank)
                     self.workers.report(Incident("weights_corrupted", name, "published again", str(error)))
                 if not republish:

@@ -93,6 +93,18 @@ def test_the_same_seeds_give_the_same_responses_on_either_engine(workers):
     assert not np.array_equal(generate(workers).tokens, generate(workers, seeds=(4, 5, 6)).tokens)
 
 
+def test_the_text_is_the_one_that_the_engine_makes_token_by_token(workers):
+    """Which it does where it has to look for strings that end a response."""
+    requests = [GenerationRequest(key, prompt, (1, 2, 3)) for key, prompt in enumerate(PROMPTS)]
+    watched = replace(SETTINGS, stop=("never said",))
+    expected = dict(generate_all(workers.sampling.rollouts, requests, watched))
+    found = answers(workers)
+    assert {key: [g.text for g in group] for key, group in found.items()} == {
+        key: [g.text for g in group] for key, group in expected.items()
+    }
+    assert any(g.text for group in found.values() for g in group)
+
+
 def test_more_prompt_tokens_than_one_engine_step_takes(workers):
     long = tuple(range(40, 90))
     requests = [GenerationRequest(key, (5 + key, *long), (key,)) for key in range(220)]
