@@ -231,8 +231,9 @@ class RolloutActor:
         Raises:
             BrokenError: the step thread has died, or an episode's turn was late.
         """
+        groups: list[_Group] = []
         try:
-            groups = [self._whole.get(timeout=wait_s)]
+            groups.append(self._whole.get(timeout=wait_s))
             while True:
                 groups.append(self._whole.get_nowait())
         except queue.Empty:

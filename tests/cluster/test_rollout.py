@@ -167,6 +167,11 @@ def rest_of(rollouts: RolloutGroup) -> dict[int, Generation]:
     return answers
 
 
+def test_an_engine_that_has_nothing_to_give_says_so(workers):
+    for answers, _ in workers.sampling.rollouts.workers.call("collect", wait_s=0.01, timeout_s=60):
+        assert answers == []
+
+
 def test_weights_change_in_flight_and_each_token_knows_which_made_it(workers):
     rollouts: RolloutGroup = workers.sampling.rollouts
     version = rollouts.version
