@@ -49,20 +49,17 @@ def ragged_sdpa(
             f"model.path: the attention of {type(module).__name__} needs flash attention; use another model"
         )
     grouped = query.shape[1] != key.shape[1]
-    queries = query.split(torch.diff(cu_seq_lens_q).tolist(), 2)
-    spans = torch.diff(cu_seq_lens_k).tolist()
-    places = None if key_index is None else key_index.split(spans)
-    keys, values = (states if places is None else states[:, :, key_index] for states in (key, value))
+    if key_index is not None:
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+    queries, spans = torch.diff(cu_seq_lens_q).tolist(), torch.diff(cu_seq_lens_k).tolist()
     outs = []
-    for i, (q, k, v) in enumerate(zip(queries, keys.split(spans, 2), values.split(spans, 2), strict=True)):
-        wanted = q.shape[2]
-        if places is not None and _all_queries(wanted, k.shape[2]):
-            q = query[:, :, places[i]]
+    for q, k, v in zip(query.split(queries, 2), key.split(spans, 2), value.split(spans, 2), strict=True):
         mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        outs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
         )
-        outs.append(out[:, :, -wanted:])
     return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
 
 
@@ -87,7 +84,7 @@ def ragged_varlen(
     from flash_attn import flash_attn_varlen_func
 
     if key_index is not None:
-        key, value = key[:, :, key_index], value[:, :, key_index]
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
     out = flash_attn_varlen_func(
         *(states[0].transpose(0, 1) for states in (query, key, value)),
         cu_seq_lens_q,
@@ -100,15 +97,6 @@ def ragged_varlen(
         softcap=softcap or 0.0,
     )
     return out[None], None
-
-
-def _all_queries(queries: int, keys: int) -> bool:
-    """Whether the shared tokens' queries are better computed again than masked out.
-
-    The causal kernel skips what is masked and the one with a mask does not, so that only few queries after many shared
-    keys are cheaper with a mask.
-    """
-    return queries < keys < 3 * queries
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -136,12 +136,20 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_hidden_T is not None:
                     grad_hidden_T[span] = product(grad_CV, whole_weight, dtype).to(hidden_T.dtype)
                 if grad_weight is not None:
-                    grad_weight += product(grad_CV.T, hidden_C, dtype)
+                    _add_product(grad_weight, grad_CV.T, hidden_C)
         return grad_hidden_T, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
     return torch.log_softmax(product(hidden_C, weight.T, dtype).div_(temperature), dim=1)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, without a matrix in between where all have one type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b, total.dtype)
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
