@@ -95,25 +95,26 @@ def arithmetic(
             prompts = row["rollout/prompts"]
             samples = prompts * config["rl"]["samples_per_prompt"]
             response_len = row["rollout/response_length"]
-            made = flops.generation(
-                shape,
-                prompts=round(prompts),
-                prompt_len=tokens / samples - response_len,
-                samples=round(samples),
-                response_len=response_len,
-            )
+            made = flops.forward(shape, **_sizes(prompts, samples, tokens, samples * response_len))
             shares["generate"].append(made / step.parts["generate"] / peak)
             trained = samples * response_len
         else:
-            samples = config["training"]["rows_per_update"] * (2 if config["stage"] == "preference" else 1)
+            prompts = config["training"]["rows_per_update"]
+            samples = prompts * (2 if config["stage"] == "preference" else 1)
             trained = row["train/tokens_in_loss"]
         if "update" in step.parts:
             passes = config["rl"]["epochs_per_step"] if config["stage"] == "rl" else 1
-            work = flops.training(shape, tokens=tokens, trained=trained, sequences=round(samples))
+            work = flops.training(shape, **_sizes(prompts, samples, tokens, trained))
             seconds = step.parts["update"] / passes * peak
             shares["update"].append(work.useful / seconds)
             shares["update, with the recomputed logits"].append((work.useful + work.recompute) / seconds)
     return {name: statistics.median(values) for name, values in shares.items()}
+
+
+def _sizes(prompts: float, samples: float, tokens: float, trained: float) -> dict[str, float]:
+    """Mean lengths, from the tokens of all samples and those of their responses."""
+    lengths = {"prompt_len": (tokens - trained) / samples, "response_len": trained / samples}
+    return {"prompts": prompts, "samples": samples, **lengths}
 
 
 def main() -> None:

@@ -219,19 +219,18 @@ def efficiency(task: Task, runs: list[Measured]) -> str:
         steps = m.run.steps[workload.warmup :]
         for step in steps:
             response = step.generated_tokens if workload.kind == "grpo" else None
-            if response is not None:
-                prompt_len = (step.trained_tokens - response) / step.samples
-                made = flops.generation(
-                    shape,
-                    prompts=workload.rows_per_step,
-                    prompt_len=prompt_len,
-                    samples=step.samples,
-                    response_len=response / step.samples,
-                )
-                rows.setdefault("generate", []).append(made / step.phases["rollout"] / m.peak_flops)
             # Of the offline kinds the answers are nearly all of the text; the prompts count as trained here.
             trained = step.trained_tokens if response is None else response
-            work = flops.training(shape, tokens=step.trained_tokens, trained=trained, sequences=step.samples)
+            sizes = {
+                "prompts": workload.rows_per_step,
+                "prompt_len": (step.trained_tokens - trained) / step.samples,
+                "samples": step.samples,
+                "response_len": trained / step.samples,
+            }
+            if response is not None:
+                made = flops.forward(shape, **sizes)
+                rows.setdefault("generate", []).append(made / step.phases["rollout"] / m.peak_flops)
+            work = flops.training(shape, **sizes)
             seconds = step.phases["update"] * m.peak_flops
             rows.setdefault("update", []).append(work.useful / seconds)
             rows.setdefault("update, with the recomputed logits", []).append((work.useful + work.recompute) / seconds)

@@ -64,30 +64,20 @@ class Shape:
 class Training:
     """FLOPs of one update."""
 
-    body: float
-    output: float
-    attention: float
+    useful: float
+    """What any implementation has to do."""
     recompute: float
 
-    @property
-    def useful(self) -> float:
-        """What any implementation has to do."""
-        return self.body + self.output + self.attention
 
-
-def training(shape: Shape, *, tokens: float, trained: float, sequences: int) -> Training:
-    """An update on `tokens` tokens, `trained` of them with a loss, in sequences taken to be equally long."""
-    return Training(
-        body=6 * shape.body * tokens,
-        output=6 * shape.output * trained,
-        attention=3 * sequences * shape.attention(0, tokens / max(1, sequences)),
-        recompute=2 * shape.output * trained,
-    )
-
-
-def generation(shape: Shape, *, prompts: int, prompt_len: float, samples: int, response_len: float) -> float:
-    """Each prompt once, however many samples share it, then the responses token by token, equally long."""
+def forward(shape: Shape, *, prompts: float, prompt_len: float, samples: float, response_len: float) -> float:
+    """Each prompt once, however many samples share it, then the responses: read or generated, all equally long."""
     computed = prompts * prompt_len + samples * response_len
     attention = prompts * shape.attention(0, prompt_len)
     attention += samples * shape.attention(prompt_len, prompt_len + response_len)
     return 2 * shape.body * computed + 2 * shape.output * samples * response_len + attention
+
+
+def training(shape: Shape, *, prompts: float, prompt_len: float, samples: float, response_len: float) -> Training:
+    """An update on the responses, of which every token has a loss."""
+    once = forward(shape, prompts=prompts, prompt_len=prompt_len, samples=samples, response_len=response_len)
+    return Training(3 * once, 2 * shape.output * samples * response_len)

@@ -140,15 +140,15 @@ def test_flops_are_those_of_the_matrices():
     attention, feed_forward = 8 * 8 + 2 * 8 * 4 + 8 * 8, 3 * 8 * 16
     assert TINY.body == 2 * (attention + feed_forward)
     assert TINY.output == 80
-    work = flops.training(TINY, tokens=6, trained=4, sequences=2)
-    assert (work.body, work.output, work.recompute) == (6 * TINY.body * 6, 6 * 80 * 4, 2 * 80 * 4)
-    # Two sequences of three tokens, which see 1 + 2 + 3 tokens; 4 numbers per head and pair, twice, in two layers.
-    assert work.attention == 3 * 2 * (1 + 2 + 3) * 4 * 8 * 2
-    assert work.useful == work.body + work.output + work.attention
+    # Two sequences of one token and two responses, which see 1 + 2 + 3 tokens; 4 numbers per head and pair, twice.
+    once = 2 * TINY.body * 6 + 2 * 80 * 4 + 2 * (1 + 2 + 3) * 4 * 8 * 2
+    sizes = {"prompts": 2, "prompt_len": 1, "samples": 2, "response_len": 2}
+    assert flops.forward(TINY, **sizes) == once
+    assert flops.training(TINY, **sizes) == flops.Training(useful=3 * once, recompute=2 * 80 * 4)
 
 
 def test_a_prompt_is_computed_once_for_all_its_samples():
-    made = flops.generation(TINY, prompts=1, prompt_len=3, samples=4, response_len=2)
+    made = flops.forward(TINY, prompts=1, prompt_len=3, samples=4, response_len=2)
     seen = (1 + 2 + 3) + 4 * (4 + 5)
     assert made == 2 * TINY.body * (3 + 4 * 2) + 2 * TINY.output * 8 + 4 * seen * 8 * 2
 
@@ -209,7 +209,7 @@ def test_the_arithmetic_of_a_runs_phases(tmp_path):
     }
     metrics, events = anatomy_rows()
     shares = arithmetic(config, metrics, anatomies(metrics, events), peak=1e3)
-    made = flops.generation(TINY, prompts=2, prompt_len=4, samples=8, response_len=6)
-    work = flops.training(TINY, tokens=80, trained=48, sequences=8)
+    sizes = {"prompts": 2, "prompt_len": 4, "samples": 8, "response_len": 6}
+    made, work = flops.forward(TINY, **sizes), flops.training(TINY, **sizes)
     assert shares["generate"] == pytest.approx(made / 3.0 / 1e3)
     assert shares["update"] == pytest.approx(work.useful / 5.0 / 1e3)
