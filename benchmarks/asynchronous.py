@@ -25,20 +25,18 @@ import typer
 import yaml
 
 from engine.tracking.jsonl import read_rows
-from engine.tracking.timeline import read_spans
+from engine.tracking.timeline import busy, read_spans
 from tests.conftest import build_tiny_model
 
 CORES = {"ray::RolloutActor": 0, "ray::PolicyActor": 1}
 LAST = 20
 """Steps at the end whose mean reward counts."""
-FIRST = 5
-"""Steps at the start that are not timed."""
 TASK = "def share_of_e(completions, **columns):\n    return [t.count('e') / max(1, len(t)) for t in completions]\n"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a run, in seconds per step (medians)."""
+    """What came of a run, in seconds per step."""
 
     step: float
     generate: float
@@ -122,18 +120,13 @@ def _bind(root: int, ended: threading.Event) -> None:
 
 def _measure(run_dir: Path, staleness: int) -> Measured:
     rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "time/step" in row]
-    timed = rows[FIRST:]
-    spans = read_spans(run_dir)
-    since = min(s.start for s in spans if s.actor == "controller" and (s.step or 0) > FIRST)
-    parts = {
-        role: sum(s.seconds for s in spans if s.actor.startswith(role) and s.start >= since) / len(timed)
-        for role in ("rollout", "policy")
-    }
+    actors, _ = busy(read_spans(run_dir))
+    parts = {held.actor: held.seconds / len(rows) for held in actors}
     ages = [age for age in range(staleness + 1) if any(row.get(f"rollout/staleness/{age}", 0) > 0 for row in rows)]
     return Measured(
-        step=statistics.fmean(row["time/step"] for row in timed),
-        generate=parts["rollout"],
-        train=parts["policy"],
+        step=statistics.fmean(row["time/step"] for row in rows),
+        generate=parts["rollout[0]"],
+        train=parts["policy[0]"],
         reward=statistics.fmean(row["reward/mean"] for row in rows[-LAST:]),
         oldest=max(ages),
     )
