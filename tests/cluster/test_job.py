@@ -145,14 +145,14 @@ def overrides(tiny_model: Path, tmp_path: Path) -> list[str]:
     """The quickstart, made tiny."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "number {i}"}}\n' for i in range(8)))
-    rewards = tmp_path / "length.py"
-    rewards.write_text("def length(sample):\n    return float(sample.num_tokens)\n")
+    rewards = tmp_path / "digits.py"
+    rewards.write_text("def digits(sample):\n    return float(sum(sample.completion_ids) % 11)\n")
     return [
         f"model.path={tiny_model}",
         f"output_dir={tmp_path / 'runs'}",
         f"data={{train: {rows}, evaluation: {rows}}}",
         "evaluation={prompts: 2}",
-        f"rewards.functions=['{rewards}:length']",
+        f"rewards.functions=['{rewards}:digits']",
         "rl={steps: 1, prompts_per_step: 2, samples_per_prompt: 2}",
         "algorithm.kl_coef=0",
         "policy.threads=1",
