@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from typing import Any
 
@@ -30,6 +30,8 @@ from engine.schedule.fleet import Fleet
 from engine.schedule.incidents import Incident
 from engine.schedule.ledger import spans
 
+IDLE_S = 0.1
+"""So long a poll waits where there is nothing to wait for."""
 COLLECT_S = 5.0
 """An engine that has nothing to give answers after so long, and is asked again."""
 
@@ -65,7 +67,7 @@ class RolloutGroup:
         self._waiting: list[_Asked] = []
         self._held: list[dict[int, _Asked]] = [{} for _ in workers.actors]
         self._collecting: dict[Any, int] = {}
-        self._starting: dict[Any, tuple[int, float]] = {}
+        self._starting: dict[Any, int] = {}
         self._pulse = Pulse()
         for rank in self.fleet.starting():
             self._joins(rank)
@@ -121,8 +123,10 @@ class RolloutGroup:
             if self._waiting:
                 self._give_out()
             pending = {ref: (self.workers, rank) for ref, rank in self._collecting.items()}
-            if not pending:
+            if not pending and self._starting:
                 self._take_joined(wait_s)
+            elif not pending:
+                time.sleep(min(wait_s, IDLE_S))
             for ref, (groups, busy) in finished(pending, "collect", wait_s, self._pulse):
                 rank = self._collecting.pop(ref)
                 for start, end in busy:
@@ -205,21 +209,21 @@ class RolloutGroup:
             self._collecting[self.workers.submit(rank, "collect", wait_s=COLLECT_S)] = rank
 
     def _check_deadlines(self) -> None:
-        """Raise DeadlineError for the first engine that keeps a prompt, or its start, for too long."""
+        """Raise DeadlineError for the first engine that keeps a prompt too long, or where none comes up to take one."""
         now, timeouts = time.monotonic(), self.config.timeouts
         for rank, held in enumerate(self._held):
             oldest = min((asked.since for asked in held.values()), default=now)
             if now - oldest > timeouts.generate:
                 raise late([(self.workers, rank)], "generate", now - oldest, timeouts.generate)
-        if self._waiting and self._starting and not self.fleet.serving():
-            rank, since = min(self._starting.values(), key=lambda held: held[1])
-            if now - since > timeouts.start:
-                raise late([(self.workers, rank)], "start", now - since, timeouts.start)
+        waited = now - min((asked.since for asked in self._waiting), default=now)
+        if waited > timeouts.start and not self.fleet.serving():
+            absent = [*self.fleet.starting(), *self.fleet.stale()]
+            raise late([(self.workers, rank) for rank in absent], "start", waited, timeouts.start)
 
     def _lose(self, error: WorkerLostError) -> None:
         """Start another engine in the place of a lost one, whose prompts wait for others; nobody waits for it."""
         rank = error.rank
-        held = list(self._held[rank].values())
+        held = [replace(asked, since=time.monotonic()) for asked in self._held[rank].values()]
         self._held[rank] = {}
         self._waiting = [*held, *self._waiting]
         self._collecting = {ref: holder for ref, holder in self._collecting.items() if holder != rank}
@@ -227,19 +231,18 @@ class RolloutGroup:
         self.workers.report(error.incident("replaced, its prompts given out again", samples))
         self.restarts += 1
         self.fleet.lost(rank)
-        self._starting = {ref: (holder, at) for ref, (holder, at) in self._starting.items() if holder != rank}
+        self._starting = {ref: holder for ref, holder in self._starting.items() if holder != rank}
         self.workers.begin_restart(rank)
-        call = self.workers.submit(rank, "start", in_turn=self.workers.turns is not None)
-        self._starting[call] = (rank, time.monotonic())
+        self._starting[self.workers.submit(rank, "start", in_turn=self.workers.turns is not None)] = rank
 
     def _take_joined(self, wait_s: float = 0.0) -> None:
         """Count in the engines that have come up, waiting for the first of them up to `wait_s` seconds."""
         if not self._starting:
             return
-        pending = {ref: (self.workers, rank) for ref, (rank, _) in self._starting.items()}
+        pending = {ref: (self.workers, rank) for ref, rank in self._starting.items()}
         try:
             for ref, _ in finished(pending, "start", wait_s, self._pulse):
-                self._joins(self._starting.pop(ref)[0])
+                self._joins(self._starting.pop(ref))
         except WorkerLostError as error:
             self._lose(error)
 
