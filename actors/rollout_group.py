@@ -122,19 +122,12 @@ class RolloutGroup:
             self._take_joined()
             if self._waiting:
                 self._give_out()
-            pending = {ref: (self.workers, rank) for ref, rank in self._collecting.items()}
-            if not pending and self._starting:
+            if self._collecting:
+                self._take_answers(wait_s, answers)
+            elif self._starting:
                 self._take_joined(wait_s)
-            elif not pending:
+            else:
                 time.sleep(min(wait_s, IDLE_S))
-            for ref, (groups, busy) in finished(pending, "collect", wait_s, self._pulse):
-                rank = self._collecting.pop(ref)
-                for start, end in busy:
-                    self.workers.record_span(rank, "generate", start, end)
-                for key, generations in groups:
-                    del self._held[rank][key]
-                    answers.append((key, generations))
-                self._collect(rank)
             self._check_deadlines()
         except WorkerLostError as error:
             if error.group != self.workers.name or (error.kind == "actor_late" and not self.fleet.serving()):
@@ -201,6 +194,18 @@ class RolloutGroup:
         ids = spans(sample for asked in share for sample in asked.request.sample_ids)
         self.workers.record("dispatched", engine=rank, version=self.version, sample_ids=ids)
         if rank not in self._collecting.values():
+            self._collect(rank)
+
+    def _take_answers(self, wait_s: float, answers: list[tuple[int, list[Generation]]]) -> None:
+        """Add what engines have answered, waiting for the first up to `wait_s` seconds; an error loses none of it."""
+        pending = {ref: (self.workers, rank) for ref, rank in self._collecting.items()}
+        for ref, (groups, busy) in finished(pending, "collect", wait_s, self._pulse):
+            rank = self._collecting.pop(ref)
+            for start, end in busy:
+                self.workers.record_span(rank, "generate", start, end)
+            for key, generations in groups:
+                del self._held[rank][key]
+                answers.append((key, generations))
             self._collect(rank)
 
     def _collect(self, rank: int) -> None:
