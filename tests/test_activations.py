@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.packed_model import RAGGED_SDPA, PackedRow, packed_hidden_states
+from actors.packed_model import packed_hidden_states
+from actors.packed_row import PackedRow
+from actors.ragged_attention import RAGGED_SDPA
 from engine.activations import saved_bytes_per_token
 from engine.data.batch import Batch
 from tests.test_model_shape import small

@@ -26,9 +26,10 @@ from actors.reward_group import RewardGroup
 from actors.reward_pool import RewardPool
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
-from engine.cluster import roles_of, trainer_environment
+from engine.cluster import trainer_environment
 from engine.config import Config
 from engine.config_file import load_config
+from engine.layout import roles_of
 from engine.plan import prepare
 from engine.presets import PRESETS
 from engine.remote_checkpoints import checkpoints_of
