@@ -32,12 +32,13 @@ class EarlyPasses:
     def take(self, name: str, batch: Batch) -> np.ndarray | None:
         """[T] values of a batch's tokens, once they are there; None if the pass was not begun over every sample."""
         wanted = set(batch.sample_ids.tolist())
-        started = self._started.get(name, [])
-        mine = [held for held in started if not wanted.isdisjoint(held[0].sample_ids.tolist())]
+        mine: list[tuple[Batch, Future[np.ndarray]]] = []
+        others: list[tuple[Batch, Future[np.ndarray]]] = []
+        for held in self._started.get(name, []):
+            (others if wanted.isdisjoint(held[0].sample_ids.tolist()) else mine).append(held)
+        self._started[name] = others
         parts: dict[int, np.ndarray] = {}
-        for held in mine:
-            started.remove(held)
-            group, result = held
+        for group, result in mine:
             values = np.split(result.result(), np.cumsum(group.seq_lens)[:-1])
             parts |= dict(zip(group.sample_ids.tolist(), values, strict=True))
         if not wanted <= parts.keys():

@@ -17,10 +17,11 @@ def test_values_come_back_in_the_order_of_the_batch_that_asks():
     passes = EarlyPasses({"values": lambda batch: batch.tokens * 10.0})
     for held in (group(5, 2), group(7, 1, 4)):
         passes.start(held)
-    batch = group(1, 5, 4, 2)
-    values = passes.take("values", batch)
-    assert values is not None
-    assert values.tolist() == (batch.tokens * 10.0).tolist()
+    passes.start(group(9))
+    for batch in (group(9), group(1, 5, 4, 2)):
+        values = passes.take("values", batch)
+        assert values is not None
+        assert values.tolist() == (batch.tokens * 10.0).tolist()
 
 
 def test_a_sample_whose_pass_was_not_begun_leaves_all_of_it_to_be_asked():
