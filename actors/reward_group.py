@@ -34,11 +34,6 @@ class RewardGroup:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-models")
         self._pulse = Pulse()
 
-    @property
-    def under_way(self) -> bool:
-        """Whether scores are outstanding."""
-        return bool(self._samples)
-
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
         """Start scoring; `poll` gives the result."""
         self._samples[key] = list(samples)

@@ -100,10 +100,6 @@ class ModelShape:
         """Of the output layer, for one token."""
         return 2.0 * self.head
 
-    def training_flops(self, context: float) -> float:
-        """Forward and backward without the output layer: three times the forward pass."""
-        return 3.0 * self.forward_flops(context)
-
     def weights_met(self, samples: int) -> float:
         """Parameters that one decoding step of so many samples reads: expected, with experts chosen at random."""
         untouched = (1.0 - self.experts_share) ** samples if self.experts else 0.0

@@ -99,10 +99,6 @@ class GenerationRequest:
 class Rollouts(Protocol):
     """The engines."""
 
-    @property
-    def under_way(self) -> bool:
-        """Whether answers are outstanding."""
-
     def ask(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> None:
         """Have prompts answered, each under a key that no other one under way has; `poll` gives the responses."""
 
@@ -180,10 +176,6 @@ class Reference(Protocol):
 
 class Rewards(Protocol):
     """Reward functions and reward models."""
-
-    @property
-    def under_way(self) -> bool:
-        """Whether scores are outstanding."""
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
         """Start scoring; `poll` gives the result."""

@@ -152,7 +152,6 @@ def test_forward_flops_are_those_that_torch_counts(kind: str) -> None:
     shape = shape_of(config)
     expected = tokens * (shape.forward_flops(tokens) + shape.head_flops())
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)  # vectors count as weights that are met
-    assert shape.training_flops(tokens) == 3 * shape.forward_flops(tokens)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])

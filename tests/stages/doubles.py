@@ -20,10 +20,6 @@ class Engines:
         self.open: dict[int, GenerationRequest] = {}
         self._finished: list[tuple[int, list[Generation]]] = []
 
-    @property
-    def under_way(self) -> bool:
-        return bool(self.open or self._finished)
-
     def ask(self, requests: Sequence[GenerationRequest], settings: Any) -> None:
         self.requests += requests
         self.open |= {request.key: request for request in requests}
@@ -51,10 +47,6 @@ class Rewards:
         self.score = score
         self.samples: list[Sample] = []
         self._open: dict[int, list[Sample]] = {}
-
-    @property
-    def under_way(self) -> bool:
-        return bool(self._open)
 
     def submit(self, key: int, samples: Sequence[Sample]) -> None:
         self._open[key] = list(samples)
