@@ -21,6 +21,7 @@ from actors.packed_row import PackedRow
 from actors.ragged_attention import attention_for
 from engine.algorithms.distillation import chunked_generalized_jsd
 from engine.algorithms.logprobs import token_logprobs
+from engine.algorithms.products import linear, onednn_is_faster
 from engine.config import Config, UserError
 
 
@@ -55,12 +56,22 @@ def load_language_model(config: Config, *, path: str | None = None, quantization
             f"model.path: {path or config.model.path} changes its logits after the projection "
             f"({', '.join(scaled) or 'a bias'}), which the chunked log-probs do not compute; use another model"
         )
-    return without_dropout(model)
+    return prepared(model)
 
 
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, with every dropout switched off."""
+class FastLinear(nn.Linear):
+    """A linear layer of a CPU on which torch does not take the fastest library of its own accord."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        return linear(x, self.weight, self.bias)
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, with every dropout switched off and its products by the faster library."""
     for module in model.modules():
+        if type(module) is nn.Linear and onednn_is_faster():
+            module.__class__ = FastLinear
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -206,4 +217,4 @@ def load_scoring_model(config: Config, path: str, *, per_token: bool, heads: int
             f"model.path: {type(model).__name__} does not score with one linear layer over hidden states; use another "
             "model"
         )
-    return without_dropout(model)
+    return prepared(model)

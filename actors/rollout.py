@@ -34,6 +34,7 @@ from actors.policy import ships_adapter
 from actors.process import offloads
 from actors.shared_memory import Readings
 from actors.weights import Ack, Snapshot, receive
+from engine.algorithms.products import linear
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
 
@@ -188,6 +189,9 @@ class RolloutActor:
 
         arguments = EngineArgs(**engine_arguments(self.config))
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        for layer in self._model().modules():
+            if hasattr(layer, "cpu_linear"):
+                layer.cpu_linear = linear
         self._tokenizer = getattr(self.engine.get_tokenizer(), "backend_tokenizer", None)
         threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
         self._make_player()
@@ -322,12 +326,15 @@ class RolloutActor:
         if snapshot.adapter is not None:
             self._lora = load_adapter(self.engine, dict(weights), snapshot.adapter, version=snapshot.version)
             return
-        model = self.engine.model_executor.driver_worker.worker.model_runner.model
+        model = self._model()
         known = dict(model.named_parameters())
         loaded = model.load_weights(iter(weights))
         missing = set(known) - loaded if loaded is not None else set()
         if missing:
             raise RuntimeError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
+
+    def _model(self) -> Any:
+        return self.engine.model_executor.driver_worker.worker.model_runner.model
 
     def _check_alive(self) -> None:
         if self._error is not None:

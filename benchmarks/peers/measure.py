@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 INTERVAL_S = 0.5
+GROWN = 1.01
+"""So much larger than ever before are resident sizes that are looked at more closely."""
 ACTOR = re.compile(r"ray::(\w+)")
 
 
@@ -27,11 +29,6 @@ class Usage:
     """What the processes of a run used at one time."""
 
     at: float
-    pss: int
-    """Bytes; a page that several share counts in parts, so that the sum counts it once (the object store too)."""
-    uss: int
-    """Bytes that no other process shares."""
-    processes: int
     cpu_s: Mapping[str, float]
     """CPU seconds since the start, by what the process is."""
     machine_cpu_s: float
@@ -40,21 +37,35 @@ class Usage:
 
 @dataclass
 class Watch:
-    """Samples of a process and all below it."""
+    """Samples of a process and all below it.
+
+    To count shared pages once, the kernel walks all pages of a process and keeps it from getting others meanwhile,
+    which would take a run of some gigabytes half a core. So that is asked for where the resident sizes, which cost
+    nothing, have grown beyond all earlier ones.
+    """
 
     usages: list[Usage] = field(default_factory=list)
+    pss: int = 0
+    """Most bytes at a time; a page that several share counts in parts, so that the sum counts it once (the object store
+    too)."""
+    uss: int = 0
+    """Most bytes at a time that no other process shares."""
+    _resident: int = 0
     _dead_s: dict[str, float] = field(default_factory=dict)
     _last: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     def sample(self, root: psutil.Process) -> None:
         """Take one."""
-        pss = uss = count = 0
         alive: dict[int, tuple[str, float]] = {}
-        for process in tree(root):
+        resident, processes = 0, tree(root)
+        for process in processes:
             with contextlib.suppress(psutil.Error):
-                memory, times = process.memory_full_info(), process.cpu_times()
-                pss, uss, count = pss + memory.pss, uss + memory.uss, count + 1
+                times = process.cpu_times()
                 alive[process.pid] = (title(process), times.user + times.system)
+                resident += process.memory_info().rss
+        if resident > self._resident * GROWN:
+            self._resident = resident
+            self._weigh(processes)
         for pid, (name, seconds) in self._last.items():
             if pid not in alive:
                 self._dead_s[name] = self._dead_s.get(name, 0.0) + seconds
@@ -63,11 +74,15 @@ class Watch:
         for name, seconds in alive.values():
             total[name] = total.get(name, 0.0) + seconds
         times = psutil.cpu_times()
-        self.usages.append(Usage(time.time(), pss, uss, count, total, times.user + times.system + times.nice))
+        self.usages.append(Usage(time.time(), total, times.user + times.system + times.nice))
 
-    def peak(self, what: str) -> int:
-        """Largest `pss` or `uss`, in bytes."""
-        return max(getattr(usage, what) for usage in self.usages)
+    def _weigh(self, processes: Sequence[psutil.Process]) -> None:
+        pss = uss = 0
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_full_info()
+                pss, uss = pss + memory.pss, uss + memory.uss
+        self.pss, self.uss = max(self.pss, pss), max(self.uss, uss)
 
     def cores(self, start: float, end: float) -> dict[str, float]:
         """Mean number of busy cores between two times, by what the process is; `others` is the rest of the machine."""

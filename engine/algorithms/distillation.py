@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from engine.algorithms.logprobs import check_head, chunk_spans, compute_dtype
+from engine.algorithms.logprobs import check_head, chunk_spans
+from engine.algorithms.products import add_product, compute_dtype, matmul
 
 
 def generalized_jsd(
@@ -114,8 +115,8 @@ class _ChunkedJSD(torch.autograd.Function):
         jsd_T = hidden_T.new_empty(len(hidden_T), dtype=dtype)
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), chunk_tokens):
-                student_CV = hidden_T[span].to(dtype) @ weight.T
-                teacher_CV = teacher_hidden_T[span].to(dtype) @ teacher_weight.T
+                student_CV = matmul(hidden_T[span].to(dtype), weight.T)
+                teacher_CV = matmul(teacher_hidden_T[span].to(dtype), teacher_weight.T)
                 jsd_T[span] = generalized_jsd(student_CV, teacher_CV, beta=beta, temperature=temperature)
         return jsd_T
 
@@ -131,15 +132,15 @@ class _ChunkedJSD(torch.autograd.Function):
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), ctx.chunk_tokens):
                 hidden_C = hidden_T[span].to(dtype)
-                student_CV = (hidden_C @ whole_weight.T).requires_grad_()
-                teacher_CV = teacher_hidden_T[span].to(dtype) @ whole_teacher_weight.T
+                student_CV = matmul(hidden_C, whole_weight.T).requires_grad_()
+                teacher_CV = matmul(teacher_hidden_T[span].to(dtype), whole_teacher_weight.T)
                 with torch.enable_grad():
                     jsd_C = generalized_jsd(student_CV, teacher_CV, beta=ctx.beta, temperature=ctx.temperature)
                 (grad_CV,) = torch.autograd.grad(jsd_C, student_CV, grad_jsd_T[span])
                 if grad_hidden_T is not None:
-                    grad_hidden_T[span] = (grad_CV @ whole_weight).to(hidden_T.dtype)
+                    grad_hidden_T[span] = matmul(grad_CV, whole_weight).to(hidden_T.dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_CV.T, hidden_C)
+                    add_product(grad_weight, grad_CV.T, hidden_C)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden_T, grad_weight, None, None, None, None, None
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from engine.algorithms.products import add_product, compute_dtype, factor_dtype, product
+
 
 def token_logprobs(
     hidden_T: torch.Tensor,
@@ -136,39 +138,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_hidden_T is not None:
                     grad_hidden_T[span] = product(grad_CV, whole_weight, dtype).to(hidden_T.dtype)
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad_CV.T, hidden_C)
+                    add_product(grad_weight, grad_CV.T, hidden_C)
         return grad_hidden_T, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
     return torch.log_softmax(product(hidden_C, weight.T, dtype).div_(temperature), dim=1)
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, without a matrix in between where all have one type."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += product(a, b, total.dtype)
-
-
-def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a @ b summed and returned in `dtype`; the factors have it too, or are 16-bit numbers on a GPU."""
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
-
-
-def factor_dtype(*factors: torch.Tensor) -> torch.dtype:
-    """What factors are multiplied in: themselves where all are 16-bit numbers of one kind on a GPU, whose products are
-    exact in float32; else `compute_dtype`."""
-    [first, *others] = factors
-    small = first.dtype in (torch.bfloat16, torch.float16) and first.device.type == "cuda"
-    alike = all((x.dtype, x.device.type) == (first.dtype, first.device.type) for x in others)
-    return first.dtype if small and alike else compute_dtype(*factors)
-
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if a tensor is, else float32."""
-    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
 def chunk_spans(tokens: int, chunk_tokens: int) -> Iterator[slice]:

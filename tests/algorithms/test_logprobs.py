@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.algorithms.logprobs import factor_dtype, greedy_hits, token_logprobs
+from engine.algorithms.logprobs import greedy_hits, token_logprobs
+from engine.algorithms.products import factor_dtype
 
 V, H = 11, 4
 
