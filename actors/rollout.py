@@ -1,13 +1,16 @@
-"""A vLLM engine inside a Ray actor, stepped by the actor's own thread.
+"""A vLLM engine inside a Ray actor, owned by one thread.
 
-    callers' threads                  step thread                   publisher's thread
-    admit(): add all requests         loop: lock, step, unlock      load_weights(): fetch, checksum
-    collect(): wait for whole groups    finished request -> future    lock, load, version += 1, unlock
+    callers' threads                     engine's thread: one task after another
+    admit()        --- add requests -->  step, and the next step behind what waits by then
+    load_weights() --- fetch, load --->    finished request -> future
+    collect()      <-- whole groups ---
 
-The engine runs in this process (no engine-core child to supervise); one lock orders its steps, new requests and weight
-updates, so weights change between two steps and never inside one. Each token is stamped with the version that made it.
+The engine runs in this process (no engine-core child to supervise). Its steps, new requests and weight updates are
+tasks of the one thread, so weights change between two steps and never inside one; and all computing has one team of
+OpenMP threads: with more threads in teams than cores, libgomp would put them to sleep between any two operations. Each
+token is stamped with the version that made it.
 Prompts that come while the engine is idle find an empty cache, so that what an engine computes in a synchronous run
-depends on them alone and not on when calls arrive. If the step thread dies, every group under way has its error.
+depends on them alone and not on when calls arrive. If a step fails, every group under way has its error.
 
 Responses that are under way when weights change go on, with their cached keys and values or without
 (`rollout.on_new_weights`); prompts that come later never find keys of older weights, since cached keys are kept by
@@ -19,11 +22,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers.decoders import DecodeStream
 
@@ -37,6 +41,8 @@ from actors.weights import Ack, Snapshot, receive
 from engine.algorithms.products import linear
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings
+
+T = TypeVar("T")
 
 LONG_SPAN_S = 5.0
 """An engine that is always at work says so in pieces of about this length."""
@@ -95,6 +101,16 @@ class _Group:
             self._done += 1
             if self._done == len(self.futures):
                 self.whole.put(self)
+
+
+def _waiting(items: queue.SimpleQueue[T], wait_s: float = 0.0) -> list[T]:
+    """All that a queue holds; waits for the first up to `wait_s` seconds."""
+    held = []
+    with suppress(queue.Empty):
+        held.append(items.get(timeout=wait_s))
+        while True:
+            held.append(items.get_nowait())
+    return held
 
 
 def decoded(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
@@ -161,8 +177,8 @@ class RolloutActor:
         self.config = config
         self.environments = environments
         self.version: int | None = 0 if serves_teacher(config) else None
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._stepping = False
         self._requests: dict[str, _Request] = {}
         self._whole: queue.SimpleQueue[_Group] = queue.SimpleQueue()
         self._player: EpisodePlayer | None = None
@@ -174,10 +190,18 @@ class RolloutActor:
         self._error: BaseException | None = None
         self._readings = Readings()
         self._busy_since: float | None = None
-        self._busy: list[tuple[float, float]] = []
+        self._busy: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Load the model and start the step thread."""
+        """Load the model."""
+        self._in_order(self._start)
+        self._make_player()
+
+    def _in_order(self, task: Callable[..., T], *arguments: Any) -> T:
+        """Have the engine's thread do something between two steps; waits for it."""
+        return self._engine_thread.submit(task, *arguments).result()
+
+    def _start(self) -> None:
         if self.config.device == "cpu":
             # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied
             # output embedding would keep its old value without an error). Plain weights are a tenth slower.
@@ -193,8 +217,6 @@ class RolloutActor:
             if hasattr(layer, "cpu_linear"):
                 layer.cpu_linear = linear
         self._tokenizer = getattr(self.engine.get_tokenizer(), "backend_tokenizer", None)
-        threading.Thread(target=self._run, name="vllm-step", daemon=True).start()
-        self._make_player()
 
     def _make_player(self) -> None:
         """Who plays episodes, until the requests of today are forgotten."""
@@ -213,18 +235,18 @@ class RolloutActor:
 
         Raises:
             RuntimeError: the engine does not hold this weight version.
-            BrokenError: its step thread has died.
+            BrokenError: one of its steps has failed.
         """
-        with self._lock:
-            self._check_alive()
-            if self.version != version:
-                raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
-            if not self.engine.has_unfinished_requests():
-                self.engine.reset_prefix_cache()
-            groups = [_Group(r.key, self._responses(r, settings), self._whole) for r in requests]
-        self._wake.set()
-        for group in groups:
+        for group in self._in_order(self._admit, requests, settings, version):
             group.watch()
+
+    def _admit(self, requests: Sequence[GenerationRequest], settings: SamplingSettings, version: int) -> list[_Group]:
+        self._check_alive()
+        if self.version != version:
+            raise RuntimeError(f"the engine holds weights version {self.version}, not {version}")
+        if not self.engine.has_unfinished_requests():
+            self.engine.reset_prefix_cache()
+        return [_Group(r.key, self._responses(r, settings), self._whole) for r in requests]
 
     def collect(self, *, wait_s: float) -> tuple[list[tuple[int, list[Generation]]], list[tuple[float, float]]]:
         """(key, one response per seed) of the prompts that are answered in full, each of them once.
@@ -233,26 +255,11 @@ class RolloutActor:
         to `wait_s` seconds; blocks its caller's thread only.
 
         Raises:
-            BrokenError: the step thread has died, or an episode's turn was late.
+            BrokenError: a step has failed, or an episode's turn was late.
         """
-        groups: list[_Group] = []
-        try:
-            groups.append(self._whole.get(timeout=wait_s))
-            while True:
-                groups.append(self._whole.get_nowait())
-        except queue.Empty:
-            pass
+        groups = _waiting(self._whole, wait_s)
         answers = [(group.key, [future.result() for future in group.futures]) for group in groups]
-        with self._lock:
-            if self._busy_since is not None and time.time() - self._busy_since > LONG_SPAN_S:
-                self._end_span()
-            busy, self._busy = self._busy, []
-        return answers, busy
-
-    def _end_span(self) -> None:
-        assert self._busy_since is not None
-        self._busy.append((self._busy_since, time.time()))
-        self._busy_since = None
+        return answers, _waiting(self._busy)
 
     def _responses(self, request: GenerationRequest, settings: SamplingSettings) -> list[Future[Generation]]:
         if self._player is None:
@@ -267,23 +274,28 @@ class RolloutActor:
 
         Raises:
             CancelledError: the engine has forgotten the `requests` that it had when the episode began.
-            BrokenError: the step thread has died, or the turn was not over within `timeouts.generate` seconds.
+            BrokenError: a step has failed, or the turn was not over within `timeouts.generate` seconds.
         """
-        with self._lock:
-            self._check_alive()
-            if requests is not self._requests:
-                raise CancelledError
-            request_id, future = self._add(prompt, settings, seed)
-        self._wake.set()
+        request_id, future = self._in_order(self._add_turn, requests, prompt, settings, seed)
         within_s = self.config.timeouts.generate
         try:
             return future.result(within_s)
         except TimeoutError:
             raise BrokenError(f"a turn not finished after {within_s:.0f} s") from None
         finally:
-            with self._lock:
-                if requests.pop(request_id, None) is not None and self._error is None:
-                    self.engine.abort_request([request_id])
+            self._in_order(self._give_up, requests, request_id)
+
+    def _add_turn(
+        self, requests: dict[str, _Request], prompt: Sequence[int], settings: SamplingSettings, seed: int
+    ) -> tuple[str, Future[Generation]]:
+        self._check_alive()
+        if requests is not self._requests:
+            raise CancelledError
+        return self._add(prompt, settings, seed)
+
+    def _give_up(self, requests: dict[str, _Request], request_id: str) -> None:
+        if requests.pop(request_id, None) is not None and self._error is None:
+            self.engine.abort_request([request_id])
 
     def load_weights(self, snapshot: Snapshot, fetch_s: float) -> Ack:
         """Take a published version between two engine steps and acknowledge it. Versions only go up.
@@ -294,38 +306,42 @@ class RolloutActor:
         if self.version is not None and snapshot.version <= self.version:
             raise RuntimeError(f"weights version {snapshot.version} is not newer than {self.version}")
         buckets, ack = receive(snapshot, self._readings, timeout_s=fetch_s)
-        with self._lock:
-            self._load([tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
-            if self.config.rollout.on_new_weights == "recompute":
-                self.engine.reset_prefix_cache(reset_running_requests=True)
-            self.version = snapshot.version
+        self._in_order(self._load, [tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
         return ack
 
     def reset(self) -> None:
         """Forget what is under way, and that any weights were ever loaded."""
-        with self._lock:
-            self._check_alive()
-            self.engine.abort_request(list(self._requests))
-            for request in self._requests.values():
-                request.future.cancel()
-            self._requests, self._whole = {}, queue.SimpleQueue()
-            self.version = 0 if serves_teacher(self.config) else None
+        self._in_order(self._forget)
         self._make_player()
+
+    def _forget(self) -> None:
+        self._check_alive()
+        self.engine.abort_request(list(self._requests))
+        for request in self._requests.values():
+            request.future.cancel()
+        self._requests, self._whole = {}, queue.SimpleQueue()
+        self.version = 0 if serves_teacher(self.config) else None
 
     def sleep(self) -> None:
         """Leave the device's memory to others until `wake`: weights to the host, the cache is given up."""
         if self.engine is not None and offloads(self.config):
-            self.engine.sleep(level=1)
+            self._in_order(self.engine.sleep, 1)
 
     def wake(self) -> None:
         """Return to the device."""
         if self.engine is not None and offloads(self.config):
-            self.engine.wake_up()
+            self._in_order(self.engine.wake_up)
 
     def _load(self, weights: list[tuple[str, Any]], snapshot: Snapshot) -> None:
-        if snapshot.adapter is not None:
+        if snapshot.adapter is None:
+            self._load_model(weights)
+        else:
             self._lora = load_adapter(self.engine, dict(weights), snapshot.adapter, version=snapshot.version)
-            return
+        if self.config.rollout.on_new_weights == "recompute":
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+        self.version = snapshot.version
+
+    def _load_model(self, weights: list[tuple[str, Any]]) -> None:
         model = self._model()
         known = dict(model.named_parameters())
         loaded = model.load_weights(iter(weights))
@@ -338,7 +354,7 @@ class RolloutActor:
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise BrokenError(f"the engine's step thread died: {self._error!r}") from self._error
+            raise BrokenError(f"a step of the engine failed: {self._error!r}") from self._error
 
     def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> tuple[str, Future[Generation]]:
         from vllm import SamplingParams
@@ -359,31 +375,33 @@ class RolloutActor:
         tokens = {"prompt_token_ids": list(prompt), "cache_salt": str(self.version)}
         self.engine.add_request(request_id, tokens, params, lora_request=self._lora)
         request = self._requests[request_id] = _Request(prompt)
+        if not self._stepping:
+            self._stepping = True
+            self._engine_thread.submit(self._advance)
         return request_id, request.future
 
-    def _run(self) -> None:
-        """The step thread."""
+    def _advance(self) -> None:
+        """Take one step, and have the next one follow what waits by then."""
+        self._stepping = self.engine.has_unfinished_requests()
+        if not self._stepping:
+            return
         try:
-            while True:
-                self._wake.wait()
-                with self._lock:
-                    if not self.engine.has_unfinished_requests():
-                        self._wake.clear()
-                        continue
-                    self._step()
-                time.sleep(0)  # let a waiting publisher or caller take the lock
+            self._step()
         except BaseException as error:
-            with self._lock:  # no request slips in between the error and the wake-up of those who wait
-                self._error = error
-                for request in self._requests.values():
-                    request.future.set_exception(BrokenError(f"the engine's step thread died: {error!r}"))
+            self._error = error
+            for request in self._requests.values():
+                request.future.set_exception(BrokenError(f"a step of the engine failed: {error!r}"))
+        else:
+            self._engine_thread.submit(self._advance)
 
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
         self._busy_since = self._busy_since or time.time()
         outputs: list[Any] = self.engine.step()
-        if not self.engine.has_unfinished_requests():
-            self._end_span()
+        now = time.time()
+        if not self.engine.has_unfinished_requests() or now - self._busy_since > LONG_SPAN_S:
+            self._busy.put((self._busy_since, now))
+            self._busy_since = None
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:

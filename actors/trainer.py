@@ -106,6 +106,8 @@ class Trainer:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        if info.world_size == 1 and config.policy.zero_stage == 0:
+            self.engine.enable_backward_allreduce = False  # which would copy all gradients twice, alone or not
         self.state = TrainerState(self.engine, rank=info.rank, world_size=info.world_size)
 
     def update(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, float] | None:

@@ -153,7 +153,7 @@ def compare(task: Task, runs: dict[str, list[Measured]]) -> str:
     add("start of the process to start of training, s", {s: [start_s(m.run) for m in runs[s]] for s in SIDES})
     for what in ("pss", "uss"):
         values = {side: [getattr(m.watch, what) / 2**30 for m in runs[side]] for side in SIDES}
-        add(f"peak memory, GiB ({what.upper()})", values)  # type: ignore[arg-type]
+        add(f"peak memory, GiB ({what.upper()})", values)
     if workload.kind != "grpo":
         add("loss of the first step", {side: [s.first_loss for s in speeds[side]] for side in SIDES})
     return comparison(measures)

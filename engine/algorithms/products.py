@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+CPU_DESCRIPTION = Path("/proc/cpuinfo")
 WORTH_IT = 2**21
 """Multiplications from which oneDNN's dearer call pays."""
 
@@ -25,8 +26,7 @@ def onednn_is_faster() -> bool:
         backends.mkldnn.is_available() and backends.mkl.is_available()
     ):
         return False
-    described = Path("/proc/cpuinfo")
-    return described.exists() and "GenuineIntel" not in described.read_text()
+    return CPU_DESCRIPTION.exists() and "GenuineIntel" not in CPU_DESCRIPTION.read_text()
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

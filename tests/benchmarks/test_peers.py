@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.efficiency import anatomies, arithmetic, report
-from benchmarks.peers import flops, rewards
+from benchmarks.peers import flops, measure, rewards
 from benchmarks.peers.gnomon_side import configuration, from_rows
 from benchmarks.peers.measure import Usage, Watch, quiet
 from benchmarks.peers.record import Run, Step, reached, seconds_to, speed
@@ -125,10 +127,22 @@ def test_gnomons_steps_are_cut_at_their_first_phase():
 
 
 def test_cores_are_cpu_seconds_over_the_span():
-    watch = Watch([Usage(float(t), t, t, 1, {"Policy": 1.5 * t}, 1.75 * t) for t in range(5)])
+    watch = Watch([Usage(float(t), {"Policy": 1.5 * t}, 1.75 * t) for t in range(5)])
     assert watch.cores(1.0, 3.0) == {"Policy": 1.5, "others": 0.25}
     assert watch.cores(2.0, 2.0) == {}
-    assert watch.peak("pss") == 4
+
+
+def test_memory_is_weighed_where_resident_sizes_have_grown(monkeypatch):
+    watch, root = Watch(), psutil.Process()
+    watch.sample(root)
+    assert 0 < watch.uss <= watch.pss
+    weighed = []
+    monkeypatch.setattr(measure, "tree", lambda root: [root])
+    for size in (2**40, 1.005 * 2**40, 2**39, 2**41):
+        monkeypatch.setattr(Watch, "_weigh", lambda self, processes, size=size: weighed.append(size))
+        monkeypatch.setattr(psutil.Process, "memory_info", lambda self, size=size: SimpleNamespace(rss=size))
+        watch.sample(root)
+    assert weighed == [2**40, 2**41]
 
 
 def test_a_machine_that_others_use_is_told_of():
