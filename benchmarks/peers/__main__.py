@@ -231,6 +231,8 @@ def efficiency(task: Task, runs: list[Measured]) -> str:
                 made = flops.forward(shape, **sizes)
                 rows.setdefault("generate", []).append(made / step.phases["rollout"] / m.peak_flops)
             work = flops.training(shape, **sizes)
+            if "update" not in step.phases:  # no sample had an advantage
+                continue
             seconds = step.phases["update"] * m.peak_flops
             rows.setdefault("update", []).append(work.useful / seconds)
             rows.setdefault("update, with the recomputed logits", []).append((work.useful + work.recompute) / seconds)
