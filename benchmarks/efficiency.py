@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{given.run}: {len(steps)} steps\n\n{report(steps)}\n")
     if config["device"] == "cpu":
         threads = config["policy"]["threads"]
-        peak = given.peak * 1e9 if given.peak else measure.matmul_peak(threads)
+        peak = given.peak * 1e9 if given.peak else measure.matmul_peaks(threads).fastest
         for name, share in arithmetic(config, metrics, steps, peak).items():
             print(f"{name}: {share:.1%} of {peak / 1e9:.0f} GFLOP/s ({threads} threads)")
 

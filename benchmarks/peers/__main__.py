@@ -41,7 +41,7 @@ class Measured:
 
     run: Run
     watch: measure.Watch
-    peak_flops: float
+    peaks: measure.Peaks
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def pair(text: str) -> tuple[str, Any]:
 def measured(task: Task, side: str, folder: Path) -> Measured:
     """One run of a side in its own new folder."""
     folder.mkdir(parents=True)
-    peak = measure.matmul_peak(task.threads)
+    peaks = measure.matmul_peaks(task.threads)
     ours, theirs = write_rows(task.workload, folder)
     given = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | task.env
     changes = task.changes[side]
@@ -103,7 +103,7 @@ def measured(task: Task, side: str, folder: Path) -> Measured:
         run.write(folder / "record.json")
     else:
         run = replace(Run.read(folder / "record.json"), started_at=started_at)
-    return Measured(run, watch, peak)
+    return Measured(run, watch, peaks)
 
 
 def print_settings(task: Task, runs: dict[str, list[Measured]]) -> None:
@@ -212,9 +212,9 @@ def busy(cores: list[dict[str, float]]) -> str:
 
 
 def efficiency(task: Task, runs: list[Measured]) -> str:
-    """Model FLOPs by seconds and matmul peak, for each phase of Gnomon's."""
+    """Model FLOPs by seconds and matmul peaks, for each phase of Gnomon's."""
     workload, shape = task.workload, flops.Shape.of(task.model)
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, measure.Peaks]]] = {}
     for m in runs:
         steps = m.run.steps[workload.warmup :]
         for step in steps:
@@ -229,16 +229,21 @@ def efficiency(task: Task, runs: list[Measured]) -> str:
             }
             if response is not None:
                 made = flops.forward(shape, **sizes)
-                rows.setdefault("generate", []).append(made / step.phases["rollout"] / m.peak_flops)
+                rows.setdefault("generate", []).append((made / step.phases["rollout"], m.peaks))
             work = flops.training(shape, **sizes)
             if "update" not in step.phases:  # no sample had an advantage
                 continue
-            seconds = step.phases["update"] * m.peak_flops
-            rows.setdefault("update", []).append(work.useful / seconds)
-            rows.setdefault("update, with the recomputed logits", []).append((work.useful + work.recompute) / seconds)
-    peak = Spread.of([m.peak_flops / 1e9 for m in runs])
-    lines = [f"{name}: {shown(100 * Spread.of(v).median)} % of the matmul peak" for name, v in rows.items()]
-    return "; ".join([*lines, f"peak {peak} GFLOP/s with {task.threads} threads"])
+            seconds = step.phases["update"]
+            rows.setdefault("update", []).append((work.useful / seconds, m.peaks))
+            recomputed = (work.useful + work.recompute) / seconds
+            rows.setdefault("update, with the recomputed logits", []).append((recomputed, m.peaks))
+    lines = []
+    for name, found in rows.items():
+        fastest = Spread.of([100 * done / peaks.fastest for done, peaks in found]).median
+        usual = Spread.of([100 * done / peaks.torch for done, peaks in found]).median
+        lines.append(f"{name}: {shown(fastest)} % of the fastest matmul's peak, {shown(usual)} % of torch.matmul's")
+    peaks = [Spread.of([m.peaks.fastest / 1e9 for m in runs]), Spread.of([m.peaks.torch / 1e9 for m in runs])]
+    return "; ".join([*lines, f"peaks {peaks[0]} and {peaks[1]} GFLOP/s with {task.threads} threads"])
 
 
 def tiny_model(folder: Path) -> str:
