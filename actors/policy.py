@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +15,22 @@ from actors.packed_model import PackedDivergence, PackedLogProbs, PackedModel, l
 from actors.process import RankInfo
 from actors.trained import Minibatch, Stats, TrainedActor, TrainedGroup
 from actors.trainer import Trainable
-from actors.weights import Publisher, Snapshot
+from actors.weight_transfer import Route, Sender
+from actors.weights import Ack, Publisher, Snapshot
 from engine.algorithms.logprobs import greedy_hits, token_logprobs
 from engine.config import Config
 from engine.data.batch import Batch
 
 
-def ships_adapter(config: Config) -> bool:
-    """Whether engines take the adapter alone; DoRA and IA3, which they do not know, are merged into the weights."""
-    adapter = config.model.adapter
-    return adapter.kind == "lora" and not adapter.dora
-
-
 class PolicyActor(TrainedActor):
     """One rank of the policy."""
 
-    def __init__(self, config: Config, info: RankInfo, updates: int) -> None:
+    def __init__(self, config: Config, info: RankInfo, updates: int, route: Route = "memory") -> None:
+        """Weights reach the engines by this `route`."""
         super().__init__(config, info, updates)
         self.prefix = "policy" if config.stage == "rl" else "train"
         self.publisher = Publisher()
+        self.sender = Sender(route, info, lambda: self.trainer.named_weights(), config.timeouts.publish)
 
     def make(self) -> Trainable:
         """The language model and its packed log-probs, or its divergence from a teacher."""
@@ -106,7 +104,7 @@ class PolicyActor(TrainedActor):
         """
         trainer = self.trainer
         description = None
-        if ships_adapter(self.config):
+        if self.config.model.adapter.shipped_alone:
             weights = trainer.adapter_weights()
             description = trainer.adapter.description() if trainer.adapter else None
         else:
@@ -116,6 +114,14 @@ class PolicyActor(TrainedActor):
         for _ in weights:
             pass
         return None
+
+    def send(self, version: int, engines: Sequence[Any]) -> tuple[Ack, int]:
+        """Bring engines to the weights, device to device; every rank says what they are to acknowledge, and the bytes.
+
+        Raises:
+            TransferError: an engine failed.
+        """
+        return self.sender.send(version, engines)
 
     def _logprobs(self, batch: Batch) -> np.ndarray:
         return self.log_probs(self.row(batch))[0].float().cpu().numpy()
@@ -154,6 +160,13 @@ class PolicyGroup(TrainedGroup):
     def publish(self, version: int, *, spread: bool = False) -> Snapshot:
         """A snapshot of the current weights, which holds until the next; `spread` is for engines on other machines."""
         return self.workers.call("publish", version, spread, timeout_s=self.config.timeouts.publish)[0]
+
+    def send(self, version: int, engines: Sequence[Any]) -> tuple[Ack, int]:
+        """Bring engines (their actors) to the current weights; what they are to acknowledge, and the bytes."""
+        sent: list[tuple[Ack, int]] = self.workers.call(
+            "send", version, engines, timeout_s=self.config.timeouts.publish
+        )
+        return sent[0]
 
     def _logprobs(self, batch: Batch, **how: bool) -> np.ndarray:
         split = self._split(batch)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,9 +34,9 @@ from tokenizers.decoders import DecodeStream
 from actors.episode import EpisodePlayer
 from actors.group import BrokenError
 from actors.lora_engine import engine_lora_arguments, load_adapter
-from actors.policy import ships_adapter
 from actors.process import offloads
 from actors.shared_memory import Readings
+from actors.weight_transfer import Route, Tally
 from actors.weights import Ack, Snapshot, receive
 from engine.algorithms.products import linear
 from engine.config import Config
@@ -140,8 +140,8 @@ def serves_teacher(config: Config) -> bool:
     return config.stage == "distill" and config.distill.mode == "sequence"
 
 
-def engine_arguments(config: Config) -> dict[str, Any]:
-    """Arguments of vLLM's engine."""
+def engine_arguments(config: Config, route: Route = "memory") -> dict[str, Any]:
+    """Arguments of vLLM's engine; weights come by this `route`."""
     rollout = config.rollout
     arguments: dict[str, Any] = {
         "model": config.distill.teacher if serves_teacher(config) else config.model.path,
@@ -157,7 +157,10 @@ def engine_arguments(config: Config) -> dict[str, Any]:
     }
     if not serves_teacher(config):
         # Of an adapter the frozen weights are read from disk; else the first published version brings all weights.
-        arguments |= engine_lora_arguments(config) if ships_adapter(config) else {"load_format": "dummy"}
+        alone = config.model.adapter.shipped_alone
+        arguments |= engine_lora_arguments(config) if alone else {"load_format": "dummy"}
+    if route != "memory":
+        arguments["weight_transfer_config"] = {"backend": route}
     if offloads(config):
         arguments["enable_sleep_mode"] = True
     if config.device == "cpu":
@@ -172,10 +175,12 @@ def engine_arguments(config: Config) -> dict[str, Any]:
 class RolloutActor:
     """One engine. It serves nothing until a published weight version has been acknowledged."""
 
-    def __init__(self, config: Config, environments: Sequence[Any] = ()) -> None:
-        """`environments` are the handles of the processes that run them, where there are episodes."""
+    def __init__(self, config: Config, environments: Sequence[Any] = (), route: Route = "memory") -> None:
+        """`environments` are the handles of the processes that run them, where there are episodes; weights come by
+        this `route`."""
         self.config = config
         self.environments = environments
+        self.route = route
         self.version: int | None = 0 if serves_teacher(config) else None
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._stepping = False
@@ -190,6 +195,9 @@ class RolloutActor:
         self._tokenizer: Any = None
         self._error: BaseException | None = None
         self._readings = Readings()
+        self._receiving: Tally | None = None
+        self._loaded: set[str] = set()
+        self._ack: Ack | None = None
         self._busy_since: float | None = None
         self._busy: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
 
@@ -212,7 +220,9 @@ class RolloutActor:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments = EngineArgs(**engine_arguments(self.config))
+        if self.route == "gloo":
+            import actors.gloo_transfer  # noqa: F401  vLLM knows it from then on
+        arguments = EngineArgs(**engine_arguments(self.config, self.route))
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         for layer in self._model().modules():
             if hasattr(layer, "cpu_linear"):
@@ -304,11 +314,67 @@ class RolloutActor:
         Raises:
             RuntimeError: the checksum differs, a tensor is missing, or the version is not newer.
         """
-        if self.version is not None and snapshot.version <= self.version:
-            raise RuntimeError(f"weights version {snapshot.version} is not newer than {self.version}")
+        self._check_newer(snapshot.version)
         buckets, ack = receive(snapshot, self._readings, timeout_s=fetch_s)
         self._in_order(self._load, [tensor for bucket in buckets for tensor in bucket.tensors()], snapshot)
         return ack
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join what weights will come by (`actors/weight_transfer.py`)."""
+        self._in_order(self._connect, init_info)
+
+    def begin_weights(self, version: int) -> None:
+        """Stop between two steps until all weights of a version are there.
+
+        Raises:
+            RuntimeError: the version is not newer.
+        """
+        self._check_newer(version)
+        self._in_order(self._begin_weights)
+
+    def receive_weights(self, update_info: dict[str, Any]) -> None:
+        """Take some of them."""
+        self._in_order(self._worker().update_weights, update_info)
+
+    def finish_weights(self, version: int) -> None:
+        """All are there: go on with them.
+
+        Raises:
+            RuntimeError: a tensor is missing.
+        """
+        self._in_order(self._finish_weights, version)
+
+    def acknowledge(self) -> Ack | None:
+        """What came last by `begin_weights` and so on."""
+        return self._ack
+
+    def _connect(self, init_info: dict[str, Any]) -> None:
+        self._check_alive()
+        self._worker().shutdown_weight_transfer_engine()  # leaves what it was in before
+        self._worker().init_weight_transfer_engine(init_info)
+
+    def _begin_weights(self) -> None:
+        self._check_alive()
+        model, tally = self._model(), Tally()
+        self._loaded = set()
+        plain = model.load_weights
+
+        def load_weights(weights: Iterable[tuple[str, Any]]) -> set[str] | None:
+            loaded: set[str] | None = plain(tally.count(iter(weights)))
+            self._loaded |= loaded or set()
+            return loaded
+
+        self._receiving, model.load_weights = tally, load_weights
+        self._worker().start_weight_update()
+
+    def _finish_weights(self, version: int) -> None:
+        assert self._receiving is not None
+        self._worker().finish_weight_update()
+        del self._model().load_weights  # the class has its own
+        self._check_whole(self._loaded)
+        self._ack, self._receiving = Ack(version, self._receiving.checksum()), None
+        self._now_holds(version)
+        self._keep_stepping()
 
     def reset(self) -> None:
         """Forget what is under way, and that any weights were ever loaded."""
@@ -335,27 +401,37 @@ class RolloutActor:
 
     def _load(self, weights: list[tuple[str, Any]], snapshot: Snapshot) -> None:
         if snapshot.adapter is None:
-            self._load_model(weights)
+            self._check_whole(self._model().load_weights(iter(weights)))
         else:
             self._lora = load_adapter(self.engine, dict(weights), snapshot.adapter, version=snapshot.version)
+        self._now_holds(snapshot.version)
+
+    def _now_holds(self, version: int) -> None:
         if self.config.rollout.on_new_weights == "recompute":
             self.engine.reset_prefix_cache(reset_running_requests=True)
-        self.version = snapshot.version
+        self.version = version
 
-    def _load_model(self, weights: list[tuple[str, Any]]) -> None:
-        model = self._model()
-        known = dict(model.named_parameters())
-        loaded = model.load_weights(iter(weights))
-        missing = set(known) - loaded if loaded is not None else set()
-        if missing:
+    def _check_newer(self, version: int) -> None:
+        if self.version is not None and version <= self.version:
+            raise RuntimeError(f"weights version {version} is not newer than {self.version}")
+
+    def _check_whole(self, loaded: set[str] | None) -> None:
+        """Whether no parameter was left out; of some models vLLM does not say what it has loaded."""
+        known = {name for name, _ in self._model().named_parameters()}
+        if loaded and (missing := known - loaded):
             raise RuntimeError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
 
+    def _worker(self) -> Any:
+        return self.engine.model_executor.driver_worker.worker
+
     def _model(self) -> Any:
-        return self.engine.model_executor.driver_worker.worker.model_runner.model
+        return self._worker().model_runner.model
 
     def _check_alive(self) -> None:
         if self._error is not None:
             raise BrokenError(f"a step of the engine failed: {self._error!r}") from self._error
+        if self._receiving is not None:
+            raise BrokenError("new weights came in part only")
 
     def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> tuple[str, Future[Generation]]:
         from vllm import SamplingParams
@@ -377,14 +453,17 @@ class RolloutActor:
         tokens = {"prompt_token_ids": list(prompt), "cache_salt": f"{self.version}-{self._idled}"}
         self.engine.add_request(request_id, tokens, params, lora_request=self._lora)
         request = self._requests[request_id] = _Request(prompt)
+        self._keep_stepping()
+        return request_id, request.future
+
+    def _keep_stepping(self) -> None:
         if not self._stepping:
             self._stepping = True
             self._engine_thread.submit(self._advance)
-        return request_id, request.future
 
     def _advance(self) -> None:
         """Take one step, and have the next one follow what waits by then."""
-        self._stepping = self.engine.has_unfinished_requests()
+        self._stepping = self._receiving is None and self.engine.has_unfinished_requests()
         if not self._stepping:
             return
         try:

@@ -19,10 +19,21 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.group import ActorError, Pulse, RaisedError, WorkerGroup, as_completed, finished, gather, late
+from actors.group import (
+    ActorDiedError,
+    ActorError,
+    Pulse,
+    RaisedError,
+    WorkerGroup,
+    as_completed,
+    finished,
+    gather,
+    late,
+)
 from actors.policy import PolicyGroup
 from actors.rollout import serves_teacher
 from actors.shared_memory import UnreachableError
+from actors.weight_transfer import Route, TransferError
 from actors.weights import Ack, ChecksumError, Snapshot
 from engine.config import Config
 from engine.roles import Generation, GenerationRequest, SamplingSettings, WorkerLostError
@@ -53,11 +64,12 @@ class _Asked:
 class RolloutGroup:
     """Engines that come and go."""
 
-    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup) -> None:
-        """The workers are started."""
+    def __init__(self, config: Config, workers: WorkerGroup, policy: PolicyGroup, route: Route = "memory") -> None:
+        """The workers are started, and get their weights by this `route`."""
         self.config = config
         self.workers = workers
         self.policy = policy
+        self.route = route
         self.fleet = Fleet(len(workers.actors))
         self.restarts = 0
         self._snapshot: Snapshot | None = None
@@ -90,14 +102,20 @@ class RolloutGroup:
         start = time.monotonic()
         self.fleet.expect(version)
         self._take_joined()
+        if self.route != "memory":
+            num_bytes = self._send()
+            return self._published(num_bytes)
         snapshot = self.policy.publish(version, spread=self._spread)
         packed = time.monotonic()
         snapshot = self._load(snapshot, republish=True)
         self._snapshot = snapshot if self.config.rl.max_staleness > 0 else None
+        return self._published(snapshot.num_bytes) | {"time/publish_pack": packed - start}
+
+    def _published(self, num_bytes: int) -> dict[str, float]:
+        assert self.version is not None
         return {
-            "time/publish_pack": packed - start,
-            "rollout/weight_bytes": float(snapshot.num_bytes),
-            "rollout/weight_version": float(version),
+            "rollout/weight_bytes": float(num_bytes),
+            "rollout/weight_version": float(self.version),
             "rollout/engine_restarts": float(self.restarts),
         }
 
@@ -261,10 +279,48 @@ class RolloutGroup:
         if not self.fleet.stale():
             return
         assert self.version is not None
-        if self.config.rl.max_staleness == 0:
+        if self.route != "memory":
+            if self.config.rl.max_staleness == 0:
+                self._send()
+        elif self.config.rl.max_staleness == 0:
             self._load(self.policy.publish(self.version, spread=self._spread), republish=True)
         elif self._snapshot is not None:
             self._load(self._snapshot, republish=False)
+
+    def _send(self) -> int:
+        """Have the policy send its weights to the engines that lack them, and return the bytes.
+
+        Raises:
+            ActorDiedError: an engine or the way to it failed amid them. The policy counts as lost then, since its other
+                ranks may still wait for the one that found out; engines that were left with a part say so themselves.
+        """
+        assert self.version is not None
+        ranks, start, timeout_s = self.fleet.stale(), time.time(), self.config.timeouts.publish
+        if not ranks:
+            return 0
+        try:
+            expected, num_bytes = self.policy.send(self.version, [self.workers.actors[rank] for rank in ranks])
+        except RaisedError as error:
+            if not isinstance(error.__cause__, TransferError):
+                raise
+            name = self.policy.workers.name
+            raise ActorDiedError(str(error), kind="actor_died", group=name, rank=error.rank) from error
+        calls = {self.workers.submit(rank, "acknowledge"): (self.workers, rank) for rank in ranks}
+        for rank, ack in zip(ranks, gather(calls, "acknowledge", timeout_s), strict=True):
+            self._serves(rank, ack, expected, start)
+        return num_bytes
+
+    def _serves(self, rank: int, ack: Ack | None, expected: Ack, start: float) -> None:
+        """Count on an engine that has acknowledged what it was to load.
+
+        Raises:
+            ActorError: it acknowledged something else.
+        """
+        if ack != expected:
+            raise ActorError(f"{self.workers.rank_name(rank)}: acknowledged {ack}, not {expected}")
+        self.fleet.acknowledged(rank, expected.version)
+        self.workers.record_span(rank, "load_weights", start, time.time())
+        self.workers.record("serves", engine=rank, version=expected.version, checksum=expected.checksum)
 
     def _load(self, snapshot: Snapshot, *, republish: bool) -> Snapshot:
         """Bring the engines that lack a snapshot to it, see that they have it, and return the one they have.
@@ -284,13 +340,7 @@ class RolloutGroup:
             try:
                 pending = {ref: (self.workers, rank) for ref, rank in calls.items()}
                 for ref, ack in as_completed(pending, "load_weights", timeout_s):
-                    rank = calls.pop(ref)
-                    if ack != Ack(snapshot.version, snapshot.checksum):
-                        name = self.workers.rank_name(rank)
-                        raise ActorError(f"{name}: acknowledged {ack}, not version {snapshot.version}")
-                    self.fleet.acknowledged(rank, snapshot.version)
-                    self.workers.record_span(rank, "load_weights", start, time.time())
-                    self.workers.record("serves", engine=rank, version=snapshot.version, checksum=snapshot.checksum)
+                    self._serves(calls.pop(ref), ack, Ack(snapshot.version, snapshot.checksum), start)
             except WorkerLostError as error:
                 if error.group != self.workers.name:
                     raise

@@ -30,6 +30,7 @@ from actors.reward_pool import RewardPool
 from actors.reward_scorer import RewardScorerActor, RewardScorerGroup
 from actors.rollout import RolloutActor, engine_environment
 from actors.rollout_group import RolloutGroup
+from actors.weight_transfer import Route
 from engine.config import Config, RewardsConfig, UserError
 from engine.layout import layout_of, scorer_role, server_role
 from engine.roles import Record, Report, Sampling, Workers, unrecorded
@@ -124,19 +125,21 @@ def started_workers(
     *,
     updates: int,
     annotators: int = 0,
+    route: Route | None = None,
     report: Report = lambda incident: None,
     record: Record = unrecorded,
 ) -> Iterator[Workers]:
     """Place and start every role of a stage, hand them over ready to use, and end them afterwards.
 
-    `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads;
+    `updates` is the stage's total of optimizer updates, `annotators` the number of a reward model's extra heads,
+    `route` how weights reach the engines, if not as `Config.weight_route` says;
     `report` takes down who was lost and replaced, `record` what the engines' scheduler decided and when who worked.
 
     Raises:
         UserError: the cluster cannot hold the roles, or a user function does not load.
         ActorError: an actor failed to start.
     """
-    config = _with_absolute_paths(config)
+    config, route = _with_absolute_paths(config), route or config.weight_route
     with contextlib.ExitStack() as stack:
         crew = _Crew(config, stack.enter_context(_placed(config)), stack, report, record)
         if "rewards" in crew.slots:
@@ -151,13 +154,13 @@ def started_workers(
         if "rollout" in crew.slots:
             env = engine_environment(config.device, config.rollout.threads)
             environments = crew.groups["environments"].actors if "environments" in crew.groups else []
-            arguments = [(config, environments)] * config.rollout.engines
+            arguments = [(config, environments, route)] * config.rollout.engines
             crew.make("rollout", RolloutActor, arguments, env, concurrency=WAITING)
         if "reward_model" in crew.slots:
             crew.make_trained("reward_model", RewardModelActor, config, updates, annotators)
         else:
             warmup = config.critic.warmup_steps * config.updates_per_step if "critic" in crew.slots else 0
-            crew.make_trained("policy", PolicyActor, config, updates - warmup)
+            crew.make_trained("policy", PolicyActor, config, updates - warmup, route)
         if "critic" in crew.slots:
             crew.make_trained("critic", CriticActor, critic_config(config), updates)
         if "reference" in crew.slots:
@@ -168,7 +171,7 @@ def started_workers(
             crew.make(scorer_role(source), RewardScorerActor, [(config, source)] * source.ranks, env, replaceable=True)
         started = ("rewards", "environments", *map(server_role, config.rewards.servers))
         start_all([group for name, group in crew.groups.items() if name not in started], config.timeouts.start)
-        yield crew.workers()
+        yield crew.workers(route)
 
 
 def reward_pool(rewards: RewardsConfig) -> RewardPool:
@@ -236,7 +239,7 @@ class _Crew:
 
         self.make(name, actor_class, own, trainer_environment(config.device, config.policy.threads))
 
-    def workers(self) -> Workers:
+    def workers(self, route: Route) -> Workers:
         """The groups, once they are started, as the stages see them."""
         config, groups = self.config, self.groups
         if "reward_model" in groups:
@@ -250,7 +253,7 @@ class _Crew:
                 for source in config.rewards.models
             }
             rewards = RewardGroup(config, groups.get("rewards"), scorers)
-            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy), rewards)
+            sampling = Sampling(RolloutGroup(config, groups["rollout"], policy, route), rewards)
 
         def rebuild(name: str, all_trained: bool) -> None:
             trained = {"policy", "critic"} & groups.keys() if all_trained else set[str]()

@@ -81,6 +81,12 @@ class AdapterConfig(Section):
         """Whether each sample begins with trained tokens of its own, so that samples can share nothing."""
         return self.kind in ("prompt", "prefix")
 
+    @property
+    def shipped_alone(self) -> bool:
+        """Whether engines get the adapter without the weights below it; DoRA and IA3, which they do not know, are
+        merged."""
+        return self.kind == "lora" and not self.dora
+
 
 class ModelConfig(Section):
     """The language model that the run starts from."""
@@ -1032,6 +1038,21 @@ class Config(Section):
         """Whether frozen models work beside the engines: not where they take turns, nor on a laptop's few cores."""
         own_devices = self.device == "cuda" or self.placement.device is not None
         return self.placement.mode != "turns" and (own_devices or self.rl.max_staleness > 0)
+
+    @property
+    def weight_route(self) -> Literal["memory", "ipc", "nccl"]:
+        """How new weights reach the engines: from device to device, unless the host's memory is as near.
+
+        On one device (packed) by CUDA IPC, between devices by NCCL. Through the host's memory go the CPU's weights,
+        adapters, which are small, and those of roles that take turns on a device, which are never on it together.
+        """
+        if self.device == "cpu" or self.model.adapter.shipped_alone:
+            return "memory"
+        mode, groups = self.placement.mode, self.placement.groups
+        if mode == "separate" or (groups and not any({"policy", "rollout"} <= set(group) for group in groups)):
+            return "nccl"
+        beside = mode == "packed" and self.rollout.engines <= self.policy.ranks
+        return "ipc" if beside else "memory"
 
     @property
     def updates_per_step(self) -> int:

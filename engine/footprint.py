@@ -121,8 +121,8 @@ def _published(config: Config, model: Model) -> list[Item]:
     """The buckets that the engines read: on the host, so only where that is the device too."""
     if config.device == "cuda" or not config.generates:
         return []
-    alone = config.model.adapter.kind == "lora" and not config.model.adapter.dora
-    numbers = adapter_parameters(model.shape, config.model.adapter) if alone else model.shape.parameters
+    adapter = config.model.adapter
+    numbers = adapter_parameters(model.shape, adapter) if adapter.shipped_alone else model.shape.parameters
     return [Item("weights for the engines", numbers * number_bytes(config.dtype), "always")]
 
 

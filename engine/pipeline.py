@@ -235,8 +235,8 @@ def _run_stage(
         from engine.cluster import started_workers
 
         incidents = IncidentLog(tracker, stop_after=config.ray.stop_after_incidents)
-        sizes = {"updates": found.updates, "annotators": len(found.annotators)}
-        with started_workers(config, **sizes, report=incidents.report, record=tracker.event) as workers:
+        start = partial(started_workers, updates=found.updates, annotators=len(found.annotators))
+        with start(config, report=incidents.report, record=tracker.event) as workers:
             stage = partial(_STAGES[config.stage], config, workers, tracker, found)
             result = Loop(config, workers, stage, tracker, checkpoints, incidents, signals).run(resumed)
         write_result(config.run_dir, result.record())

@@ -183,14 +183,20 @@ def _trained(config: Config, model: Model) -> int:
 
 
 def _publish_s(config: Config, model: Model, hardware: Hardware) -> float:
-    """Rank 0 copies to the host, packs, checksums and stores; engines read, checksum and load, all at once."""
+    """Through the host's memory: rank 0 copies, packs, checksums, stores; engines read, checksum and load, all at once.
+
+    From device to device (`Config.weight_route`): at the rate of the device's memory or of what links devices.
+    """
     if config.stage != "rl" and not (config.stage == "distill" and config.distill.mode == "on_policy"):
         return 0.0
-    shipped_alone = config.model.adapter.kind == "lora" and not config.model.adapter.dora
-    numbers = _trained(config, model) if shipped_alone else model.shape.parameters
+    numbers = _trained(config, model) if config.model.adapter.shipped_alone else model.shape.parameters
     size = numbers * number_bytes(config.dtype)
-    memory = hardware.trainer.host if config.device == "cpu" else HOST_MEMORY_RATE
     devices = config.policy.ranks + config.rollout.engines
+    if config.weight_route == "ipc":  # packed and loaded: read and written twice
+        return 4 * size / (hardware.trainer.bandwidth * BANDWIDTH_EFFICIENCY)
+    if config.weight_route == "nccl":
+        return size / hardware.between(devices)
+    memory = hardware.trainer.host if config.device == "cpu" else HOST_MEMORY_RATE
     travel = size / (hardware.trainer.network * LINK_EFFICIENCY) if devices > hardware.per_node else 0.0
     return size / hardware.trainer.host + 3 * size / memory + travel + size / memory + size / hardware.engine.host
 

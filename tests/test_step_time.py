@@ -97,7 +97,7 @@ def test_an_adapter_is_published_alone() -> None:
     lora = {"path": "any", "adapter": {"kind": "lora"}}
     dora = {"path": "any", "adapter": {"kind": "lora", "dora": True}}
     whole, alone, merged = (costs(run(model=m)).publish_s for m in ({"path": "any"}, lora, dora))
-    assert alone < whole / 50
+    assert alone < whole / 10, "though by the host's memory"
     assert merged == whole
 
 

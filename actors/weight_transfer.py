@@ -1,0 +1,186 @@
+"""Weights from device to device, by vLLM's weight-transfer engines: CUDA IPC on one device, NCCL between devices.
+
+    controller --- send(version, engines) --> every rank of the policy: vLLM's sending engine reads its weights
+                                                rank 0 asks the engines: connect, begin, receive ..., finish
+    engine's thread, no step in between <------   vLLM's receiving engine loads what comes
+    controller <-- Ack(version, checksum) ---   both have counted the same
+
+Weights travel in buckets, so there is never a second copy of the model. `Config.weight_route` chooses the way by where
+the roles sit. Where there is no GPU, gloo runs the same steps (actors/gloo_transfer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import ray
+import torch
+import xxhash
+
+from actors.process import RankInfo, free_port
+from actors.weights import BUCKET_BYTES, Ack
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer import WeightSource
+
+Route = Literal["memory", "ipc", "nccl", "gloo"]
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TransferError(RuntimeError):
+    """An engine did not take the weights, or the way to it broke: who took part is in no state to go on."""
+
+
+class Tally:
+    """Counts tensors that pass: a checksum over names, shapes, types and sums of the words, computed where they lie."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._described = xxhash.xxh3_128()
+        self._sums: list[torch.Tensor] = []
+
+    def count(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, counted."""
+        for name, tensor in weights:
+            self.num_bytes += tensor.numel() * tensor.element_size()
+            self._described.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+            words = tensor.detach().reshape(-1).view(WORDS[tensor.element_size()])
+            self._sums += [words.sum(dtype=torch.int64), words[::2].sum(dtype=torch.int64)]
+            yield name, tensor
+
+    def checksum(self) -> str:
+        """Of all that passed, in order."""
+        if self._sums:
+            self._described.update(torch.stack(self._sums).cpu().numpy().tobytes())
+        return self._described.hexdigest()
+
+
+class PolicyWeights:
+    """The policy's weights, as vLLM's sending engines read them (its `WeightSource`)."""
+
+    def __init__(self, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
+        """With ZeRO-3 the iterators are collectives."""
+        self._weights = weights
+        self._metadata: list[Any] = []
+        self.tally = Tally()
+
+    def metadata(self) -> list[Any]:
+        """Name, type and shape of each."""
+        from vllm.distributed.weight_transfer import ParamMeta
+
+        self._metadata = self._metadata or [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self._weights()]
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.tally = Tally()
+        return self.tally.count(self._weights())
+
+
+class Engines:
+    """The engines, as vLLM's sending engines ask them (its `VLLMWeightSyncClient`)."""
+
+    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
+        self.actors = list(actors)
+        self.version = -1
+        """The one that is sent next."""
+        self._timeout_s = timeout_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect; where there is a group, each engine is a rank of its own."""
+        first = init_info.get("rank_offset")
+        ranks = range(len(self.actors))
+        self._ask("connect", [init_info | ({} if first is None else {"rank_offset": first + i}) for i in ranks])
+
+    def start_weight_update(self) -> None:
+        """No steps from now on."""
+        self._ask("begin_weights", [self.version] * len(self.actors))
+
+    def update_weights(self, update_info: Any) -> None:
+        """Receive some."""
+        self._ask("receive_weights", [update_info] * len(self.actors))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """All are there."""
+        self._ask("finish_weights", [self.version] * len(self.actors))
+
+    def _ask(self, method: str, arguments: Sequence[Any]) -> None:
+        asked = zip(self.actors, arguments, strict=True)
+        try:
+            ray.get([getattr(actor, method).remote(own) for actor, own in asked], timeout=self._timeout_s)
+        except Exception as error:
+            raise TransferError(f"{method}() of an engine failed: {' '.join(str(error).split())}") from error
+
+
+class Sender:
+    """One rank of the policy, as the engines' source of weights."""
+
+    def __init__(
+        self,
+        route: Route,
+        info: RankInfo,
+        weights: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+        timeout_s: float,
+    ) -> None:
+        """`timeout_s` bounds each answer of the engines."""
+        self._route = route
+        self._info = info
+        self._source = PolicyWeights(weights)
+        self._timeout_s = timeout_s
+        self._client = Engines([], timeout_s)
+        self._endpoint: Any = None
+
+    def send(self, version: int, actors: Sequence[Any]) -> tuple[Ack, int]:
+        """Bring engines to the current weights; what they are to acknowledge, and the bytes. Run it on all ranks.
+
+        Raises:
+            TransferError: an engine failed; neither it nor the others can go on.
+        """
+        if self._endpoint is None or list(actors) != self._client.actors:
+            self._connect(actors)
+        self._client.version = version
+        try:
+            self._endpoint.send_weights()
+        except TransferError:
+            raise
+        except Exception as error:
+            raise TransferError(f"sending weights by {self._route} failed: {error!r}") from error
+        return Ack(version, self._source.tally.checksum()), self._source.tally.num_bytes
+
+    def _connect(self, actors: Sequence[Any]) -> None:
+        """A way to these engines in the place of the one before."""
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+        if self._endpoint is not None:
+            self._endpoint.shutdown()
+        self._client = Engines(actors, self._timeout_s)
+        place, source = self._place(world_size=1 + len(actors)), cast("WeightSource", self._source)
+        self._endpoint = WeightTransferTrainerFactory.trainer_init(place, client=self._client, source=source)
+
+    def _place(self, world_size: int) -> Any:
+        """This rank's part in the transfer, in vLLM's terms."""
+        rank = self._info.rank
+        if self._route == "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            largest = max(m.dtype.itemsize * prod(m.shape) for m in self._source.metadata())
+            return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
+        return _group_place(self._route)(
+            rank=rank,
+            master_address=self._info.master_addr,
+            master_port=free_port(),
+            world_size=world_size,
+            packed_buffer_size_bytes=BUCKET_BYTES,
+        )
+
+
+def _group_place(route: Route) -> Any:
+    """vLLM's description of a rank of a process group."""
+    if route == "gloo":
+        from actors.gloo_transfer import GlooTrainerInitInfo
+
+        return GlooTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    return NCCLTrainerInitInfo
