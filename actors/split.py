@@ -45,7 +45,7 @@ class Split:
             for unit in units
         ]
         budget = max([token_budget, *sizes]) if whole_groups else token_budget
-        plan = plan_microbatches(sizes, ranks=ranks, token_budget=budget, hidden_size=hidden_size, costs=costs)
+        plan = plan_microbatches(sizes, ranks=ranks, token_budget=budget, costs=costs)
         return Split(batch, [[[s for unit in micro for s in units[unit]] for micro in share] for share in plan])
 
     def shares(self) -> list[list[Batch]]:

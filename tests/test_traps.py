@@ -354,7 +354,7 @@ def test_of_3000_random_batches_none_is_packed_over_the_budget():
     for _ in range(3000):
         lens = np.minimum(random.lognormal(4, 1, random.integers(1, 64)).astype(int) + 1, 512).tolist()
         budget, ranks = int(random.integers(max(lens), 1024)), int(random.integers(1, 9))
-        plan = plan_microbatches(lens, ranks=ranks, token_budget=budget, hidden_size=64)
+        plan = plan_microbatches(lens, ranks=ranks, token_budget=budget)
         assert max(sum(lens[i] for i in micro) for share in plan for micro in share) <= budget
         assert len({len(share) for share in plan}) == 1
 

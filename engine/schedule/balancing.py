@@ -12,18 +12,13 @@ def cost_of(tokens: int, hidden_size: int, seen: int = 0) -> int:
 
 
 def plan_microbatches(
-    seq_lens: Sequence[int],
-    *,
-    ranks: int,
-    token_budget: int,
-    hidden_size: int,
-    costs: Sequence[int] | None = None,
+    seq_lens: Sequence[int], *, ranks: int, token_budget: int, costs: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
     """Which samples each rank runs together: `plan[rank][micro_batch]` is a list of sample positions.
 
-    Balanced by cost, not by count: `costs`, or those of samples that share nothing (`cost_of`). Every rank gets the
-    same number of micro-batches, since collectives inside a forward pass (ZeRO-3) need all ranks; a rank with fewer
-    gets empty ones at its end. No micro-batch exceeds the budget.
+    Balanced by cost (`cost_of`), not by count; by tokens where no costs are given. Every rank gets the same number of
+    micro-batches, since collectives inside a forward pass (ZeRO-3) need all ranks; a rank with fewer gets empty ones at
+    its end. No micro-batch exceeds the budget.
 
     Raises:
         ValueError: a sample alone exceeds the budget.
@@ -31,7 +26,7 @@ def plan_microbatches(
     longest = max(seq_lens, default=0)
     if longest > token_budget:
         raise ValueError(f"a sample of {longest} tokens exceeds the budget of {token_budget} tokens per micro-batch")
-    costs = costs if costs is not None else [cost_of(length, hidden_size) for length in seq_lens]
+    costs = seq_lens if costs is None else costs
     by_length = sorted(range(len(seq_lens)), key=lambda i: (-seq_lens[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]  # a heap of (cost, rank)

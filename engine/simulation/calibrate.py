@@ -31,7 +31,7 @@ from engine.config_file import load_config
 from engine.schedule.balancing import plan_microbatches
 from engine.schedule.costs import Costs
 from engine.simulation.lengths import Recorded, recorded_steps
-from engine.simulation.loop import LINEAR, simulate
+from engine.simulation.loop import simulate
 from engine.simulation.scenario import Setting, Workload, computed_tokens, scoring_passes
 from engine.tracking.jsonl import read_rows
 from engine.tracking.run_folder import METRICS
@@ -219,5 +219,5 @@ def _fullest(step: Step, config: Config, ranks: int) -> int:
     """Tokens of the rank that has most."""
     samples = config.rl.samples_per_prompt
     lens = [computed_tokens(prompt, n, samples) for prompt, n in zip(step.prompts, step.lengths, strict=True)]
-    plan = plan_microbatches(lens, ranks=ranks, token_budget=sum(lens), hidden_size=LINEAR)
+    plan = plan_microbatches(lens, ranks=ranks, token_budget=sum(lens))
     return max(sum(lens[i] for micro in share for i in micro) for share in plan)

@@ -30,9 +30,6 @@ from engine.schedule.staleness import Staleness
 from engine.simulation.engines import Engine
 from engine.simulation.scenario import Decisions, Failures, Result, Setting, Workload, computed_tokens
 
-LINEAR = 10**9
-"""Hidden size with which `plan_microbatches` balances tokens: what `Costs` says of training is per token."""
-
 
 @dataclass
 class _Group:
@@ -195,9 +192,7 @@ class _Run:
         workload, costs, ranks = self.workload, self.costs, self.setting.trainers
         prompt, samples = workload.prompt_tokens, workload.samples_per_prompt
         lens = [computed_tokens(prompt, n, samples) for number in numbers for n in self.groups[number].lengths]
-        plan = self.decide(
-            "plan_microbatches", plan_microbatches, lens, ranks=ranks, token_budget=sum(lens), hidden_size=LINEAR
-        )
+        plan = self.decide("plan_microbatches", plan_microbatches, lens, ranks=ranks, token_budget=sum(lens))
         tokens = [sum(lens[i] for micro in share for i in micro) for share in plan]
         per_token = workload.scoring_passes * costs.forward_token_s + workload.training_passes * costs.train_token_s
         fixed = workload.updates * costs.update_s

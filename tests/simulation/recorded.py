@@ -70,5 +70,5 @@ def _generation_s(costs: Costs, slots: int, lengths: list[int], groups: range) -
 
 
 def _fullest(lens: list[int]) -> int:
-    plan = plan_microbatches(lens, ranks=RANKS, token_budget=sum(lens), hidden_size=10**9)
+    plan = plan_microbatches(lens, ranks=RANKS, token_budget=sum(lens))
     return max(sum(lens[i] for micro in share for i in micro) for share in plan)
