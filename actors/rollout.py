@@ -22,7 +22,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from actors.group import BrokenError
 from actors.lora_engine import engine_lora_arguments, load_adapter
 from actors.process import offloads
 from actors.shared_memory import Readings
-from actors.weight_transfer import Route, Tally
+from actors.weight_transfer import Receiver, Route
 from actors.weights import Ack, Snapshot, receive
 from engine.algorithms.products import linear
 from engine.config import Config
@@ -195,9 +195,6 @@ class RolloutActor:
         self._tokenizer: Any = None
         self._error: BaseException | None = None
         self._readings = Readings()
-        self._receiving: Tally | None = None
-        self._loaded: set[str] = set()
-        self._ack: Ack | None = None
         self._busy_since: float | None = None
         self._busy: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
 
@@ -213,7 +210,7 @@ class RolloutActor:
     def _start(self) -> None:
         if self.config.device == "cpu":
             # vLLM's oneDNN path keeps repacked copies of the weights, which in-place loading cannot reach (a tied
-            # output embedding would keep its old value without an error). Plain weights are a tenth slower.
+            # output embedding would keep its old value without an error). Ours below reads the weights themselves.
             import vllm._custom_ops as ops
 
             ops._supports_onednn = False
@@ -228,6 +225,7 @@ class RolloutActor:
             if hasattr(layer, "cpu_linear"):
                 layer.cpu_linear = linear
         self._tokenizer = getattr(self.engine.get_tokenizer(), "backend_tokenizer", None)
+        self._receiver = Receiver(self._worker())
 
     def _make_player(self) -> None:
         """Who plays episodes, until the requests of today are forgotten."""
@@ -321,7 +319,7 @@ class RolloutActor:
 
     def connect(self, init_info: dict[str, Any]) -> None:
         """Join what weights will come by (`actors/weight_transfer.py`)."""
-        self._in_order(self._connect, init_info)
+        self._in_order(self._receiver.connect, init_info)
 
     def begin_weights(self, version: int) -> None:
         """Stop between two steps until all weights of a version are there.
@@ -330,11 +328,11 @@ class RolloutActor:
             RuntimeError: the version is not newer.
         """
         self._check_newer(version)
-        self._in_order(self._begin_weights)
+        self._in_order(self._receiver.begin)
 
     def receive_weights(self, update_info: dict[str, Any]) -> None:
         """Take some of them."""
-        self._in_order(self._worker().update_weights, update_info)
+        self._in_order(self._receiver.receive, update_info)
 
     def finish_weights(self, version: int) -> None:
         """All are there: go on with them.
@@ -344,37 +342,14 @@ class RolloutActor:
         """
         self._in_order(self._finish_weights, version)
 
-    def acknowledge(self) -> Ack | None:
-        """What came last by `begin_weights` and so on."""
-        return self._ack
-
-    def _connect(self, init_info: dict[str, Any]) -> None:
-        self._check_alive()
-        self._worker().shutdown_weight_transfer_engine()  # leaves what it was in before
-        self._worker().init_weight_transfer_engine(init_info)
-
-    def _begin_weights(self) -> None:
-        self._check_alive()
-        model, tally = self._model(), Tally()
-        self._loaded = set()
-        plain = model.load_weights
-
-        def load_weights(weights: Iterable[tuple[str, Any]]) -> set[str] | None:
-            loaded: set[str] | None = plain(tally.count(iter(weights)))
-            self._loaded |= loaded or set()
-            return loaded
-
-        self._receiving, model.load_weights = tally, load_weights
-        self._worker().start_weight_update()
-
     def _finish_weights(self, version: int) -> None:
-        assert self._receiving is not None
-        self._worker().finish_weight_update()
-        del self._model().load_weights  # the class has its own
-        self._check_whole(self._loaded)
-        self._ack, self._receiving = Ack(version, self._receiving.checksum()), None
+        self._check_whole(self._receiver.finish(version))
         self._now_holds(version)
         self._keep_stepping()
+
+    def acknowledge(self) -> Ack | None:
+        """What came last by `begin_weights` and so on."""
+        return self._receiver.ack
 
     def reset(self) -> None:
         """Forget what is under way, and that any weights were ever loaded."""
@@ -430,8 +405,7 @@ class RolloutActor:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise BrokenError(f"a step of the engine failed: {self._error!r}") from self._error
-        if self._receiving is not None:
-            raise BrokenError("new weights came in part only")
+        self._receiver.check_whole()
 
     def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> tuple[str, Future[Generation]]:
         from vllm import SamplingParams
@@ -463,7 +437,7 @@ class RolloutActor:
 
     def _advance(self) -> None:
         """Take one step, and have the next one follow what waits by then."""
-        self._stepping = self._receiving is None and self.engine.has_unfinished_requests()
+        self._stepping = not self._receiver.at_work and self.engine.has_unfinished_requests()
         if not self._stepping:
             return
         try:

@@ -119,11 +119,6 @@ class RolloutGroup:
             "rollout/engine_restarts": float(self.restarts),
         }
 
-    @property
-    def under_way(self) -> bool:
-        """Whether answers are outstanding."""
-        return bool(self._waiting) or any(self._held)
-
     def ask(self, requests: Sequence[GenerationRequest], settings: SamplingSettings) -> None:
         """Have prompts answered, each under a key of its own; `poll` gives the responses."""
         assert self.version is not None, "samples were asked for before any weights were published"

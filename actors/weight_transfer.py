@@ -11,7 +11,7 @@ the roles sit. Where there is no GPU, gloo runs the same steps (actors/gloo_tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,6 +19,7 @@ import ray
 import torch
 import xxhash
 
+from actors.group import BrokenError
 from actors.process import RankInfo, free_port
 from actors.weights import BUCKET_BYTES, Ack
 
@@ -173,6 +174,61 @@ class Sender:
             world_size=world_size,
             packed_buffer_size_bytes=BUCKET_BYTES,
         )
+
+
+class Receiver:
+    """An engine's side: what its worker does between two steps. All of it runs on the engine's thread."""
+
+    def __init__(self, worker: Any) -> None:
+        """vLLM's worker, which holds the receiving engine."""
+        self._worker = worker
+        self._tally = Tally()
+        self._loaded: set[str] = set()
+        self.at_work = False
+        """Whether some weights are new and others old."""
+        self.ack: Ack | None = None
+        """What came last."""
+
+    def check_whole(self) -> None:
+        """Refuse to go on with a part of the weights.
+
+        Raises:
+            BrokenError: the rest never came.
+        """
+        if self.at_work:
+            raise BrokenError("new weights came in part only")
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Leave what it was in before, and join another."""
+        self.check_whole()
+        self._worker.shutdown_weight_transfer_engine()
+        self._worker.init_weight_transfer_engine(init_info)
+
+    def begin(self) -> None:
+        """Count what is loaded from now on."""
+        self.check_whole()
+        self.at_work, self._tally, self._loaded = True, Tally(), set()
+        model = self._worker.model_runner.model
+        plain = model.load_weights
+
+        def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+            loaded: set[str] | None = plain(self._tally.count(iter(weights)))
+            self._loaded |= loaded or set()
+            return loaded
+
+        model.load_weights = load_weights
+        self._worker.start_weight_update()
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Load some."""
+        self._worker.update_weights(update_info)
+
+    def finish(self, version: int) -> set[str]:
+        """All are there; the parameters that were loaded."""
+        self._worker.finish_weight_update()
+        del self._worker.model_runner.model.load_weights  # the class has its own
+        self.at_work, self.ack = False, Ack(version, self._tally.checksum())
+        return self._loaded
 
 
 def _group_place(route: Route) -> Any:
