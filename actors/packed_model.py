@@ -56,7 +56,7 @@ def load_language_model(config: Config, *, path: str | None = None, quantization
             f"model.path: {path or config.model.path} changes its logits after the projection "
             f"({', '.join(scaled) or 'a bias'}), which the chunked log-probs do not compute; use another model"
         )
-    return prepared(model)
+    return prepared(model, config.device)
 
 
 class FastLinear(nn.Linear):
@@ -67,10 +67,10 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, with every dropout switched off and its products by the faster library."""
+def prepared(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The same model, with every dropout switched off and, on the CPU, its products by the faster library."""
     for module in model.modules():
-        if type(module) is nn.Linear and onednn_is_faster():
+        if type(module) is nn.Linear and device == "cpu" and onednn_is_faster():
             module.__class__ = FastLinear
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -217,4 +217,4 @@ def load_scoring_model(config: Config, path: str, *, per_token: bool, heads: int
             f"model.path: {type(model).__name__} does not score with one linear layer over hidden states; use another "
             "model"
         )
-    return prepared(model)
+    return prepared(model, config.device)

@@ -1,9 +1,9 @@
 """A vLLM engine inside a Ray actor, owned by one thread.
 
-    callers' threads                     engine's thread: one task after another
-    admit()        --- add requests -->  step, and the next step behind what waits by then
-    load_weights() --- fetch, load --->    finished request -> future
-    collect()      <-- whole groups ---
+    callers' threads                       engine's thread: one task after another
+    admit()               --- requests -->  step, and the next step behind what waits by then
+    load_weights(): fetch --- tensors --->    finished request -> future
+    collect()             <-- groups -----
 
 The engine runs in this process (no engine-core child to supervise). Its steps, new requests and weight updates are
 tasks of the one thread, so weights change between two steps and never inside one; and all computing has one team of
@@ -154,6 +154,7 @@ def engine_arguments(config: Config, route: Route = "memory") -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # after the temperature: what the tokens were sampled from
         "seed": config.seed,
         "disable_log_stats": True,
+        "async_scheduling": False,  # a step is over when it returns, so that its tokens are of one version
     }
     if not serves_teacher(config):
         # Of an adapter the frozen weights are read from disk; else the first published version brings all weights.
@@ -191,6 +192,7 @@ class RolloutActor:
         self._threads = ThreadPoolExecutor(config.rollout.concurrent_samples, thread_name_prefix="episode")
         self._counter = 0
         self.engine: Any = None
+        self._receiver: Receiver
         self._lora: Any = None
         self._tokenizer: Any = None
         self._error: BaseException | None = None
@@ -297,7 +299,7 @@ class RolloutActor:
     def _add_turn(
         self, requests: dict[str, _Request], prompt: Sequence[int], settings: SamplingSettings, seed: int
     ) -> tuple[str, Future[Generation]]:
-        self._check_alive()
+        self._check_steps()
         if requests is not self._requests:
             raise CancelledError
         return self._add(prompt, settings, seed)
@@ -310,7 +312,8 @@ class RolloutActor:
         """Take a published version between two engine steps and acknowledge it. Versions only go up.
 
         Raises:
-            RuntimeError: the checksum differs, a tensor is missing, or the version is not newer.
+            ValueError: a tensor is missing.
+            RuntimeError: the checksum differs, or the version is not newer.
         """
         self._check_newer(snapshot.version)
         buckets, ack = receive(snapshot, self._readings, timeout_s=fetch_s)
@@ -328,23 +331,23 @@ class RolloutActor:
             RuntimeError: the version is not newer.
         """
         self._check_newer(version)
-        self._in_order(self._receiver.begin)
+        self._in_order(self._receiver.begin, version)
 
     def receive_weights(self, update_info: dict[str, Any]) -> None:
         """Take some of them."""
         self._in_order(self._receiver.receive, update_info)
 
-    def finish_weights(self, version: int) -> None:
+    def finish_weights(self) -> None:
         """All are there: go on with them.
 
         Raises:
-            RuntimeError: a tensor is missing.
+            ValueError: a tensor is missing.
         """
-        self._in_order(self._finish_weights, version)
+        self._in_order(self._finish_weights)
 
-    def _finish_weights(self, version: int) -> None:
-        self._check_whole(self._receiver.finish(version))
-        self._now_holds(version)
+    def _finish_weights(self) -> None:
+        self._check_whole(self._receiver.finish())
+        self._now_holds(self._receiver.accept().version)
         self._keep_stepping()
 
     def acknowledge(self) -> Ack | None:
@@ -393,19 +396,22 @@ class RolloutActor:
     def _check_whole(self, loaded: set[str] | None) -> None:
         """Whether no parameter was left out; of some models vLLM does not say what it has loaded."""
         known = {name for name, _ in self._model().named_parameters()}
-        if loaded and (missing := known - loaded):
-            raise RuntimeError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
+        if loaded is not None and (missing := known - loaded):
+            raise ValueError(f"{len(missing)} tensors of the engine were not published, e.g. {min(missing)}")
 
     def _worker(self) -> Any:
         return self.engine.model_executor.driver_worker.worker
 
     def _model(self) -> Any:
-        return self._worker().model_runner.model
+        return self._worker().get_model()
 
     def _check_alive(self) -> None:
+        self._check_steps()
+        self._receiver.check_whole()
+
+    def _check_steps(self) -> None:
         if self._error is not None:
             raise BrokenError(f"a step of the engine failed: {self._error!r}") from self._error
-        self._receiver.check_whole()
 
     def _add(self, prompt: Sequence[int], settings: SamplingSettings, seed: int) -> tuple[str, Future[Generation]]:
         from vllm import SamplingParams
@@ -424,7 +430,8 @@ class RolloutActor:
         )
         self._counter += 1
         request_id = str(self._counter)
-        tokens = {"prompt_token_ids": list(prompt), "cache_salt": f"{self.version}-{self._idled}"}
+        version = self._receiver.version if self._receiver.at_work else self.version
+        tokens = {"prompt_token_ids": list(prompt), "cache_salt": f"{version}-{self._idled}"}
         self.engine.add_request(request_id, tokens, params, lora_request=self._lora)
         request = self._requests[request_id] = _Request(prompt)
         self._keep_stepping()
@@ -439,6 +446,7 @@ class RolloutActor:
         """Take one step, and have the next one follow what waits by then."""
         self._stepping = not self._receiver.at_work and self.engine.has_unfinished_requests()
         if not self._stepping:
+            self._end_span()
             return
         try:
             self._step()
@@ -449,14 +457,17 @@ class RolloutActor:
         else:
             self._engine_thread.submit(self._advance)
 
+    def _end_span(self) -> None:
+        if self._busy_since is not None:
+            self._busy.put((self._busy_since, time.time()))
+            self._busy_since = None
+
     def _step(self) -> None:
         assert self.version is not None  # no request is admitted before
         self._busy_since = self._busy_since or time.time()
         outputs: list[Any] = self.engine.step()
-        now = time.time()
-        if not self.engine.has_unfinished_requests() or now - self._busy_since > LONG_SPAN_S:
-            self._busy.put((self._busy_since, now))
-            self._busy_since = None
+        if not self.engine.has_unfinished_requests() or time.time() - self._busy_since > LONG_SPAN_S:
+            self._end_span()
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:

@@ -76,6 +76,8 @@ class RolloutGroup:
         """Of the version that is served, for engines that come back while the policy is at work."""
         self._spread = False
         """Whether an engine is on another machine than the policy."""
+        self._sent_at = 0
+        """`changes` of the policy for which its weights are those of this version."""
         self._waiting: list[_Asked] = []
         self._held: list[dict[int, _Asked]] = [{} for _ in workers.actors]
         self._collecting: dict[Any, int] = {}
@@ -103,8 +105,8 @@ class RolloutGroup:
         self.fleet.expect(version)
         self._take_joined()
         if self.route != "memory":
-            num_bytes = self._send()
-            return self._published(num_bytes)
+            self._sent_at = self.policy.changes
+            return self._published(self._send())
         snapshot = self.policy.publish(version, spread=self._spread)
         packed = time.monotonic()
         snapshot = self._load(snapshot, republish=True)
@@ -239,14 +241,17 @@ class RolloutGroup:
             raise late([(self.workers, rank) for rank in absent], "start", waited, timeouts.start)
 
     def _lose(self, error: WorkerLostError) -> None:
-        """Start another engine in the place of a lost one, whose prompts wait for others; nobody waits for it."""
-        rank = error.rank
+        """Report a lost engine and replace it."""
+        samples = [sample for asked in self._held[error.rank].values() for sample in asked.request.sample_ids]
+        self.workers.report(error.incident("replaced, its prompts given out again", samples))
+        self._replace(error.rank)
+
+    def _replace(self, rank: int) -> None:
+        """Start another engine in the place of one, whose prompts wait for others; nobody waits for it."""
         held = [replace(asked, since=time.monotonic()) for asked in self._held[rank].values()]
         self._held[rank] = {}
         self._waiting = [*held, *self._waiting]
         self._collecting = {ref: holder for ref, holder in self._collecting.items() if holder != rank}
-        samples = [sample for asked in held for sample in asked.request.sample_ids]
-        self.workers.report(error.incident("replaced, its prompts given out again", samples))
         self.restarts += 1
         self.fleet.lost(rank)
         self._starting = {ref: holder for ref, holder in self._starting.items() if holder != rank}
@@ -275,7 +280,7 @@ class RolloutGroup:
             return
         assert self.version is not None
         if self.route != "memory":
-            if self.config.rl.max_staleness == 0:
+            if self.policy.changes == self._sent_at:
                 self._send()
         elif self.config.rl.max_staleness == 0:
             self._load(self.policy.publish(self.version, spread=self._spread), republish=True)
@@ -286,8 +291,8 @@ class RolloutGroup:
         """Have the policy send its weights to the engines that lack them, and return the bytes.
 
         Raises:
-            ActorDiedError: an engine or the way to it failed amid them. The policy counts as lost then, since its other
-                ranks may still wait for the one that found out; engines that were left with a part say so themselves.
+            ActorDiedError: an engine or the way to it failed amid them. The policy counts as lost then, since its ranks
+                may still wait for each other; the engines, which may have a part, are replaced.
         """
         assert self.version is not None
         ranks, start, timeout_s = self.fleet.stale(), time.time(), self.config.timeouts.publish
@@ -295,11 +300,14 @@ class RolloutGroup:
             return 0
         try:
             expected, num_bytes = self.policy.send(self.version, [self.workers.actors[rank] for rank in ranks])
-        except RaisedError as error:
-            if not isinstance(error.__cause__, TransferError):
+        except ActorError as error:
+            if isinstance(error, RaisedError) and not isinstance(error.__cause__, TransferError):
                 raise
-            name = self.policy.workers.name
-            raise ActorDiedError(str(error), kind="actor_died", group=name, rank=error.rank) from error
+            for rank in ranks:
+                self._replace(rank)
+            if isinstance(error, WorkerLostError):
+                raise
+            raise ActorDiedError(str(error), kind="actor_died", group=self.policy.workers.name, rank=0) from error
         calls = {self.workers.submit(rank, "acknowledge"): (self.workers, rank) for rank in ranks}
         for rank, ack in zip(ranks, gather(calls, "acknowledge", timeout_s), strict=True):
             self._serves(rank, ack, expected, start)

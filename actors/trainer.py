@@ -107,7 +107,7 @@ class Trainer:
             dist_init_required=False,
         )
         if info.world_size == 1 and config.policy.zero_stage == 0:
-            self.engine.enable_backward_allreduce = False  # which would copy all gradients twice, alone or not
+            self.engine.enable_backward_allreduce = False  # which would copy all gradients twice
         self.state = TrainerState(self.engine, rank=info.rank, world_size=info.world_size)
 
     def update(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, float] | None:
@@ -136,6 +136,9 @@ class Trainer:
         if self.config.policy.zero_stage > 0 or self.engine.bfloat16_enabled():
             self.engine.step()  # skips the step by itself, and says so with an infinite norm
             return float(self.engine.get_global_grad_norm())
+        for parameter in self._trained:  # what had no part in the loss is decayed all the same, as on several ranks
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         # Stage 0 in float32 clips inside the engine, without telling the norm and without looking at it.
         norm = float(nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
         if math.isfinite(norm):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import ray
 import torch
 import xxhash
+from ray.exceptions import RayError, RayTaskError
 
 from actors.group import BrokenError
 from actors.process import RankInfo, free_port
@@ -82,11 +83,13 @@ class PolicyWeights:
 class Engines:
     """The engines, as vLLM's sending engines ask them (its `VLLMWeightSyncClient`)."""
 
-    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
+    def __init__(self, actors: Sequence[Any], timeout_s: float, give_up: Callable[[], None] = lambda: None) -> None:
+        """`give_up` ends what others may wait in when one has failed."""
         self.actors = list(actors)
         self.version = -1
         """The one that is sent next."""
         self._timeout_s = timeout_s
+        self._give_up = give_up
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect; where there is a group, each engine is a rank of its own."""
@@ -104,13 +107,17 @@ class Engines:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """All are there."""
-        self._ask("finish_weights", [self.version] * len(self.actors))
+        self._ask("finish_weights")
 
-    def _ask(self, method: str, arguments: Sequence[Any]) -> None:
-        asked = zip(self.actors, arguments, strict=True)
+    def _ask(self, method: str, arguments: Sequence[Any] | None = None) -> None:
+        own = [()] * len(self.actors) if arguments is None else [(argument,) for argument in arguments]
+        calls = [getattr(actor, method).remote(*given) for actor, given in zip(self.actors, own, strict=True)]
         try:
-            ray.get([getattr(actor, method).remote(own) for actor, own in asked], timeout=self._timeout_s)
-        except Exception as error:
+            ray.get(calls, timeout=self._timeout_s)
+        except RayError as error:
+            self._give_up()
+            if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                raise error.cause from None  # it would fail again
             raise TransferError(f"{method}() of an engine failed: {' '.join(str(error).split())}") from error
 
 
@@ -136,14 +143,17 @@ class Sender:
         """Bring engines to the current weights; what they are to acknowledge, and the bytes. Run it on all ranks.
 
         Raises:
+            ValueError: the weights are not those of the engine's model.
             TransferError: an engine failed; neither it nor the others can go on.
         """
-        if self._endpoint is None or list(actors) != self._client.actors:
-            self._connect(actors)
-        self._client.version = version
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # vLLM reads the weights on streams of its own
         try:
+            if self._endpoint is None or list(actors) != self._client.actors:
+                self._connect(actors)
+            self._client.version = version
             self._endpoint.send_weights()
-        except TransferError:
+        except (TransferError, ValueError):
             raise
         except Exception as error:
             raise TransferError(f"sending weights by {self._route} failed: {error!r}") from error
@@ -153,11 +163,16 @@ class Sender:
         """A way to these engines in the place of the one before."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-        if self._endpoint is not None:
-            self._endpoint.shutdown()
-        self._client = Engines(actors, self._timeout_s)
+        self._leave()
+        self._client = Engines(actors, self._timeout_s, self._leave)
         place, source = self._place(world_size=1 + len(actors)), cast("WeightSource", self._source)
         self._endpoint = WeightTransferTrainerFactory.trainer_init(place, client=self._client, source=source)
+
+    def _leave(self) -> None:
+        """Others that wait for this rank find out."""
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.shutdown()
 
     def _place(self, world_size: int) -> Any:
         """This rank's part in the transfer, in vLLM's terms."""
@@ -183,7 +198,9 @@ class Receiver:
         """vLLM's worker, which holds the receiving engine."""
         self._worker = worker
         self._tally = Tally()
-        self._loaded: set[str] = set()
+        self._loaded: set[str] | None = set()
+        self.version = -1
+        """What came last, or is coming."""
         self.at_work = False
         """Whether some weights are new and others old."""
         self.ack: Ack | None = None
@@ -204,16 +221,16 @@ class Receiver:
         self._worker.shutdown_weight_transfer_engine()
         self._worker.init_weight_transfer_engine(init_info)
 
-    def begin(self) -> None:
+    def begin(self, version: int) -> None:
         """Count what is loaded from now on."""
         self.check_whole()
-        self.at_work, self._tally, self._loaded = True, Tally(), set()
-        model = self._worker.model_runner.model
+        self.at_work, self.version, self._tally, self._loaded = True, version, Tally(), set()
+        model = self._worker.get_model()
         plain = model.load_weights
 
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
             loaded: set[str] | None = plain(self._tally.count(iter(weights)))
-            self._loaded |= loaded or set()
+            self._loaded = None if loaded is None or self._loaded is None else self._loaded | loaded
             return loaded
 
         model.load_weights = load_weights
@@ -223,12 +240,16 @@ class Receiver:
         """Load some."""
         self._worker.update_weights(update_info)
 
-    def finish(self, version: int) -> set[str]:
-        """All are there; the parameters that were loaded."""
+    def finish(self) -> set[str] | None:
+        """All are there; the parameters that were loaded, where vLLM's model says so."""
         self._worker.finish_weight_update()
-        del self._worker.model_runner.model.load_weights  # the class has its own
-        self.at_work, self.ack = False, Ack(version, self._tally.checksum())
+        del self._worker.get_model().load_weights  # the class has its own
         return self._loaded
+
+    def accept(self) -> Ack:
+        """The weights count as whole."""
+        self.at_work, self.ack = False, Ack(self.version, self._tally.checksum())
+        return self.ack
 
 
 def _group_place(route: Route) -> Any:

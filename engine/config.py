@@ -1043,16 +1043,16 @@ class Config(Section):
     def weight_route(self) -> Literal["memory", "ipc", "nccl"]:
         """How new weights reach the engines: from device to device, unless the host's memory is as near.
 
-        On one device (packed) by CUDA IPC, between devices by NCCL. Through the host's memory go the CPU's weights,
-        adapters, which are small, and those of roles that take turns on a device, which are never on it together.
+        By CUDA IPC where each engine shares the device of a rank of the policy (packed), by NCCL between devices.
+        Through the host's memory go the CPU's weights, adapters, which are small, those for more engines than ranks on
+        the same devices, and those of roles that take turns, which may not be on their device when the other is.
         """
-        if self.device == "cpu" or self.model.adapter.shipped_alone:
-            return "memory"
         mode, groups = self.placement.mode, self.placement.groups
+        if self.device == "cpu" or self.model.adapter.shipped_alone or mode == "turns":
+            return "memory"
         if mode == "separate" or (groups and not any({"policy", "rollout"} <= set(group) for group in groups)):
             return "nccl"
-        beside = mode == "packed" and self.rollout.engines <= self.policy.ranks
-        return "ipc" if beside else "memory"
+        return "ipc" if self.rollout.engines <= self.policy.ranks else "memory"
 
     @property
     def updates_per_step(self) -> int:

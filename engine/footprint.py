@@ -34,6 +34,8 @@ PROCESS_BYTES = GIB // 2
 on a GPU the CUDA context and the libraries' handles (assumed)."""
 ENGINE_TOKENS = {"cpu": 4096, "cuda": 8192}
 """Tokens that an engine computes in one step at most: `actors.rollout.PREFILL_TOKENS`, vLLM's default."""
+WEIGHT_BUCKET_BYTES = 256 * 2**20
+"""What weights travel in from device to device: `actors.weights.BUCKET_BYTES`."""
 GRAPH_BYTES = GIB
 """CUDA graphs of an engine (assumed)."""
 FOUR_BIT_BYTES = (4 + 0.127) / 8
@@ -98,7 +100,7 @@ def _items(config: Config, role: str, models: Mapping[str, Model]) -> list[Item]
     match role:
         case "policy":
             trained = _trained(config, model, config.policy.ranks, scores=False)
-            return [*trained, *_teacher(config, models), *_published(config, model)]
+            return [*trained, *_teacher(config, models), *_published(config, model), *_in_transit(config, model)]
         case "reward_model":
             return _trained(config, model, config.policy.ranks, scores=True)
         case "critic":
@@ -106,7 +108,8 @@ def _items(config: Config, role: str, models: Mapping[str, Model]) -> list[Item]
         case "reference":
             return _frozen(config, model, scores=False)
         case "rollout":
-            return _engine(config, answering(config, models), config.rollout.kv_cache_gib, config.dtype)
+            held = answering(config, models)
+            return [*_engine(config, held, config.rollout.kv_cache_gib, config.dtype), *_in_transit(config, held)]
         case _ if role in scorers:
             return _frozen(config, scorers[role], scores=True)
         case _ if role in servers:
@@ -118,12 +121,27 @@ def _items(config: Config, role: str, models: Mapping[str, Model]) -> list[Item]
 
 
 def _published(config: Config, model: Model) -> list[Item]:
-    """The buckets that the engines read: on the host, so only where that is the device too."""
+    """The buckets of the host's memory that the engines read: counted where the host is the device."""
     if config.device == "cuda" or not config.generates:
         return []
     adapter = config.model.adapter
     numbers = adapter_parameters(model.shape, adapter) if adapter.shipped_alone else model.shape.parameters
     return [Item("weights for the engines", numbers * number_bytes(config.dtype), "always")]
+
+
+def _in_transit(config: Config, model: Model) -> list[Item]:
+    """Buckets on the device of either side, while weights go from device to device.
+
+    A bucket of NCCL's is full once it exceeds its size, and there are two; by IPC there is one, which holds any tensor.
+    """
+    largest = model.shape.vocabulary * model.shape.hidden * number_bytes(config.dtype)
+    match config.weight_route if config.generates else "memory":
+        case "nccl":
+            return [Item("weights on their way", 2 * (WEIGHT_BUCKET_BYTES + largest), "step")]
+        case "ipc":
+            return [Item("weights on their way", max(WEIGHT_BUCKET_BYTES, largest), "step")]
+        case _:
+            return []
 
 
 def answering(config: Config, models: Mapping[str, Model]) -> Model:

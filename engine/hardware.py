@@ -94,11 +94,13 @@ def _measured_cpu() -> Accelerator:
     import psutil
     import torch
 
+    from engine.algorithms.products import matmul
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         square = torch.ones(MEASURED_SIZE, MEASURED_SIZE)
-        flops = 2 * MEASURED_SIZE**3 * _per_second(lambda: square @ square)
+        flops = 2 * MEASURED_SIZE**3 * _per_second(lambda: matmul(square, square))
         block = torch.ones(MEASURED_BYTES // 4)
         target = torch.empty_like(block)
         bandwidth = 2 * MEASURED_BYTES * _per_second(lambda: target.copy_(block))  # read and written

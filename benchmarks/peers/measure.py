@@ -181,5 +181,5 @@ def matmul_peaks(threads: int, *, seconds: float = 1.5) -> Peaks:
     """The best of some seconds each, in a process of its own."""
     program = PEAKS.format(threads=threads, seconds=seconds)
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    ours, fastest = map(float, answer.stdout.split())
-    return Peaks(ours, max(ours, fastest))
+    usual, fastest = map(float, answer.stdout.split())
+    return Peaks(usual, max(usual, fastest))

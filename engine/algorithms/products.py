@@ -36,11 +36,11 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[..., K] and [N, K] -> [..., N], as torch.nn.functional.linear, with its gradients."""
-    if not _goes_to_onednn(x, weight, x[..., 0].numel() * weight.numel()):
+    if not _goes_to_onednn(x, weight, x.numel() * len(weight)):
         return torch.nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
-    return _Linear.forward(None, x, weight, bias)
+    return _onednn_linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -48,9 +48,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if ctx is not None:
-            ctx.save_for_backward(x, weight)
-        return _onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _onednn_linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            _onednn(rows, weight.T).view_as(x) if wants_x else None,
+            _onednn(rows, weight.T).view(*grad.shape[:-1], -1) if wants_x else None,
             _onednn(rows.T, x.reshape(-1, x.shape[-1]).T) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
@@ -95,8 +95,12 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def _goes_to_onednn(a: torch.Tensor, b: torch.Tensor, work: int) -> bool:
-    suits = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
-    return work >= WORTH_IT and suits and onednn_is_faster()
+    on_cpu = a.device.type == b.device.type == "cpu"
+    return on_cpu and work >= WORTH_IT and a.dtype == b.dtype == torch.float32 and onednn_is_faster()
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors import weight_transfer
 from actors.rollout import engine_arguments
@@ -29,6 +30,7 @@ def route(**changes: Any) -> str:
         ({"placement": {"mode": "packed"}, "rollout": {"engines": 2}, "policy": {"ranks": 2}}, "ipc"),
         ({"placement": {"mode": "packed", "groups": [["policy", "reference"]]}}, "nccl"),
         ({"placement": {"mode": "packed", "groups": [["policy", "rollout"]]}}, "ipc"),
+        ({"placement": {"mode": "turns", "groups": [["policy", "critic"]]}, "policy": {"zero_stage": 1}}, "memory"),
         ({"placement": {"mode": "turns"}, "policy": {"zero_stage": 1}}, "memory"),
         ({"model": {"path": "m", "adapter": {"kind": "lora"}}}, "memory"),
         ({"model": {"path": "m", "adapter": {"kind": "lora", "dora": True}}}, "nccl"),
@@ -79,8 +81,8 @@ class Actor:
         self.error = error
 
     def __getattr__(self, method: str) -> Any:
-        def remote(argument: Any) -> Any:
-            self.asked.append((method, argument))
+        def remote(*argument: Any) -> Any:
+            self.asked.append((method, *argument))
             return self.error
 
         return type("Call", (), {"remote": staticmethod(remote)})
@@ -110,7 +112,7 @@ def test_each_engine_is_a_rank_of_its_own(two_engines):
             ("connect", {"rank_offset": 1 + place, "world_size": 3}),
             ("begin_weights", 3),
             ("receive_weights", {"names": ["w"]}),
-            ("finish_weights", 3),
+            ("finish_weights",),
         ]
 
 
@@ -119,7 +121,20 @@ def test_what_has_no_ranks_is_given_none(two_engines):
     assert [actor.asked for actor in two_engines] == [[("connect", {"packed": True})]] * 2
 
 
-def test_an_engine_that_fails_is_told_of(two_engines):
-    two_engines[1].error = ValueError("no such\n  tensor")
-    with pytest.raises(TransferError, match=r"begin_weights\(\) of an engine failed: no such tensor"):
-        Engines(two_engines, timeout_s=7.0).start_weight_update()
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RayActorError(error_msg="the\n  actor died"),
+            (TransferError, r"begin_weights\(\) of an engine failed: the actor died"),
+        ),
+        (RayTaskError("f", "gone", RuntimeError("gone")), (TransferError, "of an engine failed")),
+        (RayTaskError("f", "trace", ValueError("no such tensor")), (ValueError, "^no such tensor$")),
+    ],
+)
+def test_when_an_engine_fails_others_are_let_go(two_engines, error, told):
+    two_engines[1].error = error
+    let_go = []
+    with pytest.raises(told[0], match=told[1]):
+        Engines(two_engines, timeout_s=7.0, give_up=lambda: let_go.append(True)).start_weight_update()
+    assert let_go == [True]
