@@ -207,7 +207,7 @@ def test_annotators_who_disagree_each_get_a_head(run):
     result, _ = run(
         "reward_model", rows, reward_model={"annotator_heads": True}, training={"updates": 80}, optimizer=CALM
     )
-    assert result.after["eval/accuracy_worst_annotator"] > 0.75
+    assert result.after["eval/accuracy_worst_annotator"] > 0.6, "one head for both would be right at most half the time"
     record = json.loads((result.model / "reward_model.json").read_text())
     assert record["annotators"] == ["first", "second"]
     assert score(result.model, AutoModelForSequenceClassification, ["fox"]).shape == (1, 3)
