@@ -33,12 +33,17 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.max_grad_norm,
+        "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.policy.zero_stage, "overlap_comm": config.device == "cuda"},
         "steps_per_print": 2**31,
     }
+
+
+def clips_itself(config: Config) -> bool:
+    """Stage 0 in float32: DeepSpeed would clip by the norm, but neither tell nor look at it."""
+    return config.policy.zero_stage == 0 and config.dtype == "float32"
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -133,19 +138,21 @@ class Trainer:
 
     def _step(self) -> float:
         """Step unless the norm of the gradient is not finite; returns it."""
-        if self.config.policy.zero_stage > 0 or self.engine.bfloat16_enabled():
+        if not clips_itself(self.config):
             self.engine.step()  # skips the step by itself, and says so with an infinite norm
             return float(self.engine.get_global_grad_norm())
+        gradients = []
         for parameter in self._trained:  # what had no part in the loss is decayed all the same, as on several ranks
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # Stage 0 in float32 clips inside the engine, without telling the norm and without looking at it.
-        norm = float(nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
+            gradients.append(parameter.grad)
+        norm = nn.utils.get_total_norm(gradients)
         if math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(self._trained, self.config.optimizer.max_grad_norm, norm)
             self.engine.step()
         else:
             self.engine.zero_grad()
-        return norm
+        return float(norm)
 
     def sleep(self) -> None:
         """Leave the device's memory to others until `wake`."""

@@ -175,7 +175,7 @@ def _trained(config: Config, model: Model, ranks: int, *, scores: bool) -> list[
             gpu=config.device == "cuda",
         ),
         *_activations(config, model),
-        *([] if scores else _head(shape, config.policy.tokens_per_microbatch, size, grad=not config.trains_adapter)),
+        *([] if scores else _head(config, shape, grad=not config.trains_adapter)),
     ]
 
 
@@ -219,10 +219,11 @@ def _activations(config: Config, model: Model) -> list[Item]:
     ]
 
 
-def _head(shape: ModelShape, tokens: int, size: int, *, grad: bool) -> list[Item]:
-    """The chunked log-probs: two chunks of float32 logits, float32 weights, and with `grad` their gradient, which is
-    cast to the weights' type at the end."""
-    chunk = 2 * min(CHUNK_TOKENS, tokens) * shape.vocabulary * 4
+def _head(config: Config, shape: ModelShape, *, grad: bool) -> list[Item]:
+    """The chunked log-probs: a chunk of float32 logits, on a GPU another of what becomes of them, float32 weights, and
+    with `grad` their gradient, which is cast to the weights' type at the end."""
+    size, tokens = number_bytes(config.dtype), config.policy.tokens_per_microbatch
+    chunk = (2 if config.device == "cuda" else 1) * min(CHUNK_TOKENS, tokens) * shape.vocabulary * 4
     weight = shape.head * (0 if size == 4 else 4)
     gradient = shape.head * (4 if size == 4 else 4 + size) if grad else 0
     hidden = tokens * shape.hidden * size
@@ -233,9 +234,10 @@ def _teacher(config: Config, models: Mapping[str, Model]) -> list[Item]:
     """A teacher sits beside the student on every rank, whole, and its logits beside the student's."""
     if config.stage != "distill" or config.distill.mode != "on_policy":
         return []
-    size, shape = number_bytes(config.dtype), models["distill.teacher"].shape
-    logits = _head(shape, config.policy.tokens_per_microbatch, size, grad=False)[0]
-    return [Item("teacher's weights", shape.parameters * size), Item("teacher's logits", logits.bytes, "pass")]
+    shape = models["distill.teacher"].shape
+    logits = _head(config, shape, grad=False)[0]
+    weights = shape.parameters * number_bytes(config.dtype)
+    return [Item("teacher's weights", weights), Item("teacher's logits", logits.bytes, "pass")]
 
 
 def _frozen(config: Config, model: Model, *, scores: bool) -> list[Item]:
@@ -244,7 +246,7 @@ def _frozen(config: Config, model: Model, *, scores: bool) -> list[Item]:
     return [
         Item("weights", (shape.body if scores else shape.parameters) * size),
         Item("results of one layer", -(-model.saved_per_token * tokens // shape.depth), "pass"),
-        *([] if scores else _head(shape, tokens, size, grad=False)),
+        *([] if scores else _head(config, shape, grad=False)),
     ]
 
 

@@ -151,13 +151,19 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layers_activations
     assert "activations" not in found
 
 
-def test_log_probs_need_two_chunks_of_logits_however_long_the_micro_batch_is() -> None:
+@pytest.mark.parametrize(("device", "chunks"), [("cuda", 2), ("cpu", 1)])
+def test_log_probs_need_a_chunk_or_two_of_logits_however_long_the_micro_batch_is(device: str, chunks: int) -> None:
     def workspace(tokens: int) -> int:
-        found = memory(configure(policy={"tokens_per_microbatch": tokens}), "policy")
+        found = memory(
+            configure(
+                device=device, model={"path": "any", "dtype": "bfloat16"}, policy={"tokens_per_microbatch": tokens}
+            ),
+            "policy",
+        )
         return sizes(list(found.items))["log-probs"] - tokens * 64 * 2
 
     assert workspace(8192) == workspace(4096)
-    assert workspace(4096) == 2 * 1024 * 160 * 4 + 160 * 64 * (4 + 4 + 2)  # float32 weight, its gradient, the cast
+    assert workspace(4096) == chunks * 1024 * 160 * 4 + 160 * 64 * (4 + 4 + 2)  # float32 weight, its gradient, the cast
 
 
 def test_an_engine_holds_weights_and_the_cache_that_is_asked_for() -> None:

@@ -107,7 +107,7 @@ WORKLOADS = {
         max_length=192, learning_rate=1e-4,
     ),
     "grpo-135m": Workload(
-        "grpo", REAL_MODEL, steps=4, warmup=1, rows_per_step=4, make_rows=prompts(36, 64), max_new_tokens=32,
+        "grpo", REAL_MODEL, steps=6, warmup=3, rows_per_step=4, make_rows=prompts(36, 64), max_new_tokens=32,
         max_length=160,
     ),
     "learn-tiny": Workload(
@@ -123,14 +123,14 @@ WORKLOADS = {
         max_length=256, learning_rate=1e-3,
     ),
     "sft-135m": Workload(
-        "sft", REAL_MODEL, steps=4, warmup=1, rows_per_step=16, make_rows=answers(("completion",), 40, 400),
+        "sft", REAL_MODEL, steps=8, warmup=3, rows_per_step=16, make_rows=answers(("completion",), 40, 400),
     ),
     "dpo-tiny": Workload(
         "dpo", "tiny", steps=60, warmup=10, rows_per_step=8, make_rows=answers(("chosen", "rejected"), 12, 48),
         max_length=256, learning_rate=1e-3,
     ),
     "dpo-135m": Workload(
-        "dpo", REAL_MODEL, steps=4, warmup=1, rows_per_step=8, make_rows=answers(("chosen", "rejected"), 40, 400),
+        "dpo", REAL_MODEL, steps=6, warmup=3, rows_per_step=8, make_rows=answers(("chosen", "rejected"), 40, 400),
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What the output layer says of given tokens, straight from hidden states, without the [T, V] matrix of logits.
 
-Legend: T tokens, H hidden size, V vocabulary, C tokens of one chunk.
+Legend: T tokens, H hidden size, V vocabulary, C tokens of one chunk, R of one piece of a chunk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from engine.algorithms.products import add_product, compute_dtype, factor_dtype, product
+
+NUMBERS_IN_CACHE = 2**19
+"""What a CPU core takes of a chunk's logits at a time, so that several passes over them read memory once."""
 
 
 def token_logprobs(
@@ -37,7 +40,7 @@ def token_logprobs(
         weight: [V, H] output embeddings.
         targets_T: [T] int64 token ids.
         temperature: the sampling temperature, above 0.
-        chunk_tokens: C; the work memory is about 2 * C * V numbers.
+        chunk_tokens: C; the work memory is about C * V numbers, on a GPU 2 * C * V.
 
     Returns:
         (logp_T, entropy_T), float32 or float64, the entropy in nats. Both carry a gradient; that of the entropy is
@@ -102,9 +105,13 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_T = torch.empty_like(logp_T)
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), chunk_tokens):
-                logp_CV = _log_softmax(hidden_T[span].to(factor), whole_weight, temperature, dtype)
-                logp_T[span] = logp_CV.gather(1, targets_T[span, None])[:, 0]
-                entropy_T[span] = -logp_CV.exp().mul_(logp_CV).sum(1)
+                logits_CV = product(hidden_T[span].to(factor), whole_weight.T, dtype)
+                targets_C1, logp_C, entropy_C = targets_T[span, None], logp_T[span], entropy_T[span]
+                for rows in _pieces(logits_CV):
+                    work_RV = logits_CV[rows]
+                    logp_RV = torch.log_softmax(work_RV.div_(temperature), dim=1)
+                    logp_C[rows] = logp_RV.gather(1, targets_C1[rows])[:, 0]
+                    entropy_C[rows] = -torch.exp(logp_RV, out=work_RV).mul_(logp_RV).sum(1)
         ctx.save_for_backward(hidden_T, weight, targets_T, entropy_T)
         return logp_T, entropy_T
 
@@ -124,17 +131,22 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden_T.device.type, enabled=False):
             for span in chunk_spans(len(hidden_T), ctx.chunk_tokens):
                 hidden_C = hidden_T[span].to(factor)
+                logits_CV = product(hidden_C, whole_weight.T, dtype)
+                targets_C1, entropy_C1 = targets_T[span, None], entropy_T[span, None]
                 scale_C1 = grad_logp_T[span, None] / ctx.temperature
-                grad_CV = _log_softmax(hidden_C, whole_weight, ctx.temperature, dtype)
-                # With p the softmax: d logp(target) / d logits = onehot(target) - p
-                if grad_entropy_T is None:
-                    grad_CV.exp_().mul_(-scale_C1)
-                else:  # d entropy / d logits = -p (log p + entropy)
-                    p_CV = grad_CV.exp()
-                    grad_CV.add_(entropy_T[span, None]).mul_(grad_entropy_T[span, None] / ctx.temperature)
-                    grad_CV.add_(scale_C1).mul_(p_CV).neg_()
-                grad_CV.scatter_add_(1, targets_T[span, None], scale_C1)
-                grad_CV = grad_CV.to(factor)
+                bonus_C1 = None if grad_entropy_T is None else grad_entropy_T[span, None] / ctx.temperature
+                for rows in _pieces(logits_CV):
+                    work_RV = logits_CV[rows]
+                    logp_RV = torch.log_softmax(work_RV.div_(ctx.temperature), dim=1)
+                    torch.exp(logp_RV, out=work_RV)
+                    # With p the softmax: d logp(target) / d logits = onehot(target) - p
+                    if bonus_C1 is None:
+                        work_RV.mul_(-scale_C1[rows])
+                    else:  # d entropy / d logits = -p (log p + entropy)
+                        logp_RV.add_(entropy_C1[rows]).mul_(bonus_C1[rows]).add_(scale_C1[rows])
+                        work_RV.mul_(logp_RV.neg_())
+                    work_RV.scatter_add_(1, targets_C1[rows], scale_C1[rows])
+                grad_CV = logits_CV.to(factor)
                 if grad_hidden_T is not None:
                     grad_hidden_T[span] = product(grad_CV, whole_weight, dtype).to(hidden_T.dtype)
                 if grad_weight is not None:
@@ -142,8 +154,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden_T, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _log_softmax(hidden_C: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    return torch.log_softmax(product(hidden_C, weight.T, dtype).div_(temperature), dim=1)
+def _pieces(chunk_CV: torch.Tensor) -> Iterator[slice]:
+    """Rows of a chunk that fit into a CPU's cache together; on a GPU all at once."""
+    tokens, vocabulary = chunk_CV.shape
+    in_cache = NUMBERS_IN_CACHE * torch.get_num_threads() // vocabulary
+    return chunk_spans(tokens, max(1, in_cache) if chunk_CV.device.type == "cpu" else tokens)
 
 
 def chunk_spans(tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.algorithms import logprobs
 from engine.algorithms.logprobs import greedy_hits, token_logprobs
 from engine.algorithms.products import factor_dtype
 
@@ -206,6 +207,51 @@ def test_extreme_logits_stay_finite_and_inputs_are_left_alone():
     assert (entropy_T >= 0).all()
     assert hidden_T.grad.isfinite().all()
     assert all(torch.equal(a.detach(), b) for a, b in zip((hidden_T, weight, targets_T), before, strict=True))
+
+
+@pytest.mark.parametrize("in_cache", [1, 2 * V])
+def test_pieces_of_a_chunk_give_what_the_whole_chunk_gives(monkeypatch, in_cache):
+    hidden_T, weight, targets_T = inputs(9, torch.float32)
+
+    def everything():
+        out = token_logprobs(hidden_T, weight, targets_T, temperature=0.7, chunk_tokens=5)
+        return [
+            *out,
+            *torch.autograd.grad(out[0].sum(), (hidden_T, weight), retain_graph=True),
+            *torch.autograd.grad((out[0] + 2 * out[1]).sum(), (hidden_T, weight)),
+        ]
+
+    expected = everything()
+    monkeypatch.setattr(logprobs, "NUMBERS_IN_CACHE", in_cache)
+    torch.testing.assert_close(everything(), expected)
+
+
+def test_nothing_but_the_logits_is_as_large_as_a_chunk(monkeypatch):
+    chunk, vocabulary = 6, 50
+    hidden_T = torch.randn(chunk, 3, requires_grad=True)
+    weight = torch.randn(vocabulary, 3, requires_grad=True)
+    monkeypatch.setattr(logprobs, "NUMBERS_IN_CACHE", 1)
+    with StorageSizes() as made:
+        logp_T, entropy_T = token_logprobs(hidden_T, weight, torch.zeros(chunk, dtype=torch.int64))
+        (logp_T + entropy_T).sum().backward()
+    assert sum(numbers >= chunk * vocabulary for numbers in made.numbers.values()) == 2  # forward and backward
+
+
+class StorageSizes(TorchDispatchMode):
+    """Numbers in each storage that an operation returned; all storages are kept, so that addresses differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[int, int] = {}
+        self.kept: list[torch.UntypedStorage] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.kept.append(storage)
+            self.numbers[storage.data_ptr()] = storage.nbytes() // result.element_size()
+        return result
 
 
 def test_what_cannot_be_computed_is_refused():
