@@ -27,7 +27,7 @@ class Workload:
     """"tiny" (two layers with random weights, as in the tests), or a folder."""
     steps: int
     warmup: int
-    """First steps that are not measured."""
+    """First steps that are not measured: memory is touched for the first time."""
     rows_per_step: int
     """Prompts, conversations or pairs of one optimizer update."""
     make_rows: Callable[[random.Random, int], list[Row]]
