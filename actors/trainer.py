@@ -42,7 +42,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def clips_itself(config: Config) -> bool:
-    """Stage 0 in float32: DeepSpeed would clip by the norm, but neither tell nor look at it."""
+    """Whether the trainer clips: at stage 0 in float32 DeepSpeed would neither tell the norm nor look at it."""
     return config.policy.zero_stage == 0 and config.dtype == "float32"
 
 

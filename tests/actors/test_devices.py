@@ -58,6 +58,8 @@ def test_deepspeed_gets_stage_dtype_and_clipping(stage):
     assert (made["bf16"], made["gradient_clipping"]) == ({"enabled": True, "check_grad_overflow": True}, 0.5)
     on_cpu = deepspeed_config(configure(device="cpu"))
     assert (on_cpu["bf16"]["enabled"], on_cpu["zero_optimization"]["overlap_comm"]) == (False, False)
+    assert on_cpu["gradient_clipping"] == 0  # the trainer clips by the norm that it reports
+    assert deepspeed_config(configure(device="cpu", policy={"zero_stage": 1}))["gradient_clipping"] == 1
 
 
 def test_cpu_engines_run_eagerly_with_small_blocks_and_gpu_engines_as_vllm_likes():
